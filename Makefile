@@ -1,0 +1,57 @@
+# Targets make their own virtual environment; nothing but Python 3.11+ and make has to be there.
+#   PYTHON  the interpreter the environment is made with (default: python3)
+#   VENV    where the environment lives                  (default: .venv)
+#   ARGS    handed on to the command of quickstart and test
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UNFINISHED := $(VENV)/.installing
+
+SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint clean
+
+help:  ## Show this list
+	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3] [VENV=.venv]'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+install: $(STAMP)  ## Make the virtual environment and install the package with its tested dependencies
+
+quickstart: $(STAMP)  ## Run the quickstart on one CPU process, e.g. make quickstart ARGS="--seed 1"
+	$(BIN)/accelerate launch --config_file accelerate_configs/single_cpu.yaml examples/quickstart.py $(ARGS)
+
+test: $(STAMP)  ## Run the tests, e.g. make test ARGS="-k tree"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## Remove the virtual environment, caches and build outputs
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# An environment without pip, or one whose installation was cut short, is made anew; any other is kept and updated.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -e $(UNFINISHED) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    command -v $(PYTHON) >/dev/null || \
+	        { echo "error: no '$(PYTHON)' found; name a Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }; \
+	    $(PYTHON) -c '$(SUPPORTED)' || \
+	        { echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	               "name a newer one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }; \
+	    echo "$(PYTHON) -m venv --clear $(VENV)"; \
+	    $(PYTHON) -m venv --clear $(VENV); \
+	elif ! $(BIN)/python -c '$(SUPPORTED)'; then \
+	    echo "error: $(VENV) holds $$($(BIN)/python --version 2>&1), but Python 3.11 or newer is needed; run make clean first" >&2; \
+	    exit 1; \
+	fi
+	@touch $(UNFINISHED)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]" || { rm -f $(UNFINISHED); exit 1; }
+	@rm -f $(UNFINISHED)
+	@touch $@

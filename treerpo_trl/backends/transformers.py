@@ -1,0 +1,283 @@
+"""Segments from `generate`, with forked key-value caches: each prompt token and each sampled token is computed once.
+
+Legend: R rows decoded together, P tokens of the longest prefix among them.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..tree import ROOT, Segment, Tree
+
+
+@dataclass
+class _Block:
+    """Prefixes of equal padded length that were decoded together, with what the model remembers of them.
+
+    Args:
+        input_ids: (R, P) prefixes, prompts left-padded.
+        attention_mask: (R, P) 0 on padding.
+        cache: Keys and values of the first P - 1 positions; `None` to prefill whole prefixes instead.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    cache: Cache | None
+
+
+class TransformersBackend:
+    """Draws segments with a transformers model.
+
+    The prompts are prefilled once. A node's children continue from a fork of its cache, so a token is computed once
+    however many leaves lie below it. To continue, `generate` must be fed one token, so the last token of a prefix is
+    computed by each child, and that of a leaf never: in all, a tree costs one position per sampled token, plus the
+    prompt but its last token.
+
+    One backend serves one call of [`~treerpo_trl.sampling.grow`].
+
+    Args:
+        model: A causal language model.
+        generation_config: How to sample; its length limits are replaced by the wave's.
+        eos_token_ids: Every token that ends a completion.
+        pad_token_id: What to pad with; it may be one of `eos_token_ids`.
+        max_rows: Most rows to decode at a time. It bounds the memory of the caches.
+        tokenizer: Needed for `generation_config.stop_strings` only.
+        fork_caches: Whether to continue from forked caches. `False` prefills every prefix again, which is slower and
+            draws from the same distribution. Models whose cache cannot be forked do so in any case, with a warning.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        generation_config: GenerationConfig,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        max_rows: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        fork_caches: bool = True,
+    ):
+        self.model = model
+        self.generation_config = copy.deepcopy(generation_config)
+        self.eos_token_ids = torch.tensor(list(eos_token_ids))
+        self.pad_token_id = pad_token_id
+        self.max_rows = max_rows
+        self.fork_caches = fork_caches
+        # `generate` would stop at them without telling which rows stopped, so they are watched here.
+        self.stop_strings = self.generation_config.stop_strings
+        self.generation_config.stop_strings = None
+        self.tokenizer = tokenizer
+        self._places: dict[tuple[int, int], tuple[_Block, int]] = {}
+
+    def extend(
+        self,
+        trees: Sequence[Tree],
+        branches: Sequence[tuple[int, int]],
+        num_children: int,
+        max_tokens: int,
+        is_last: bool,
+    ) -> list[list[Segment]]:
+        """See [`~treerpo_trl.sampling.Backend`]."""
+        roots = [branch for branch in branches if branch[1] == ROOT]
+        for start in range(0, len(roots), self.max_rows):
+            self._prefill(trees, roots[start : start + self.max_rows])
+        first_child = _first_children(trees, branches, num_children)
+        parents_by_block: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for branch in branches:
+            parents_by_block[id(self._places[branch][0])].append(branch)
+        segments: dict[tuple[int, int], list[Segment]] = defaultdict(list)
+        places: dict[tuple[int, int], tuple[_Block, int]] = {}
+        for parents in parents_by_block.values():
+            rows = [parent for parent in parents for _ in range(num_children)]
+            for start in range(0, len(rows), self.max_rows):
+                chunk = rows[start : start + self.max_rows]
+                block, drawn = self._draw(chunk, max_tokens, is_last)
+                alive = 0
+                for parent, segment in zip(chunk, drawn, strict=True):
+                    if block is not None and not segment.ended:
+                        places[parent[0], first_child[parent] + len(segments[parent])] = (block, alive)
+                        alive += 1
+                    segments[parent].append(segment)
+            for parent in parents:  # frees the block, which no other parent is in
+                del self._places[parent]
+        self._places = places
+        return [segments[branch] for branch in branches]
+
+    def _prefill(self, trees: Sequence[Tree], roots: Sequence[tuple[int, int]]) -> None:
+        """Compute the prompts but their last tokens, which `generate` is fed to continue."""
+        prompts = [trees[tree_index].prompt_ids for tree_index, _ in roots]
+        width = max(len(prompt) for prompt in prompts)
+        device = self.model.device
+        padded = [[self.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        block = _Block(torch.tensor(padded, device=device), torch.tensor(mask, device=device), cache=None)
+        if self.fork_caches and width == 1:
+            block.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        elif self.fork_caches:
+            # A greedy `generate` of one token leaves the random state alone and prepares positions, masks and the
+            # kind of cache the way the model wants them.
+            output = self.model.generate(
+                input_ids=block.input_ids[:, :-1],
+                attention_mask=block.attention_mask[:, :-1],
+                generation_config=GenerationConfig(
+                    max_new_tokens=1,
+                    do_sample=False,
+                    pad_token_id=self.pad_token_id,
+                    eos_token_id=self.generation_config.eos_token_id,
+                    bos_token_id=self.generation_config.bos_token_id,
+                    return_dict_in_generate=True,
+                    disable_compile=True,
+                ),
+            )
+            block.cache = output.past_key_values
+        if self.fork_caches and not _is_forkable(block.cache):
+            warnings.warn(
+                f"The cache of {type(self.model).__name__} cannot be forked (it is not made of per-token keys and "
+                "values alone), so every wave prefills its prefixes again. Sampling is slower, not different.",
+                stacklevel=2,
+            )
+            block.cache, self.fork_caches = None, False
+        for row, root in enumerate(roots):
+            self._places[root] = (block, row)
+
+    def _draw(
+        self, parents: Sequence[tuple[int, int]], max_tokens: int, is_last: bool
+    ) -> tuple[_Block | None, list[Segment]]:
+        """One segment below each of `parents` (all of one block), and the block of those that can branch."""
+        block = self._places[parents[0]][0]
+        rows = torch.tensor([self._places[parent][1] for parent in parents], device=block.input_ids.device)
+        input_ids, attention_mask = block.input_ids[rows], block.attention_mask[rows]
+        cache = None if block.cache is None else _fork(block.cache, rows, max_tokens)
+        arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        watcher = None
+        if self.stop_strings is not None:
+            watcher = _StopStringWatcher(StopStringCriteria(self.tokenizer, self.stop_strings), input_ids)
+            arguments["stopping_criteria"] = StoppingCriteriaList([watcher])
+        generation_config = copy.deepcopy(self.generation_config)
+        generation_config.max_new_tokens = max_tokens
+        output = self.model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config, **arguments
+        )
+        drawn = self._cut(output[:, input_ids.size(1) :], watcher)
+        alive = [row for row, segment in enumerate(drawn) if not segment.ended]
+        if is_last or not alive:
+            return None, drawn
+        alive_R = torch.tensor(alive, device=output.device)
+        if cache is not None and len(alive) < len(drawn):
+            cache.batch_select_indices(alive_R)
+        grown = attention_mask.new_ones(len(drawn), output.size(1) - input_ids.size(1))
+        return _Block(output[alive_R], torch.cat([attention_mask, grown], dim=1)[alive_R], cache), drawn
+
+    def _cut(self, drawn_ids: Tensor, watcher: _StopStringWatcher | None) -> list[Segment]:
+        """Cut each row after its first end-of-sequence token or stop string; the rest is padding."""
+        is_end = torch.isin(drawn_ids, self.eos_token_ids.to(drawn_ids.device))
+        if watcher is not None:
+            stops = watcher.num_tokens.to(drawn_ids.device)
+            is_end |= torch.arange(1, drawn_ids.size(1) + 1, device=drawn_ids.device) == stops.unsqueeze(1)
+        ended = is_end.any(dim=1).tolist()
+        lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, drawn_ids.size(1)).tolist()
+        return [
+            Segment(tuple(ids[:length]), has_ended)
+            for ids, length, has_ended in zip(drawn_ids.tolist(), lengths, ended, strict=True)
+        ]
+
+
+class _StopStringWatcher(StoppingCriteria):
+    """Stops where `criteria` does and remembers after how many new tokens each row stopped (0: it has not)."""
+
+    def __init__(self, criteria: StoppingCriteria, input_ids: Tensor):
+        self.criteria = criteria
+        self.prefix_length = input_ids.size(1)
+        self.num_tokens = torch.zeros(input_ids.size(0), dtype=torch.long, device=input_ids.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        is_done = self.criteria(input_ids, scores, **kwargs)
+        is_first = is_done & (self.num_tokens == 0)
+        self.num_tokens[is_first] = input_ids.size(1) - self.prefix_length
+        return is_done
+
+
+def _first_children(
+    trees: Sequence[Tree], branches: Sequence[tuple[int, int]], num_children: int
+) -> dict[tuple[int, int], int]:
+    """The node index that the first child of each branch will have once `Tree.grow` has added the wave."""
+    next_index = [len(tree.nodes) for tree in trees]
+    first_child = {}
+    for branch in branches:
+        first_child[branch] = next_index[branch[0]]
+        next_index[branch[0]] += num_children
+    return first_child
+
+
+def _is_forkable(cache: Any) -> bool:
+    """Whether every layer of the cache is one tensor of keys and one of values, row by row.
+
+    Subclasses are refused: layers of hybrid models derive from these and hold a recurrent state besides, which
+    `batch_select_indices` would leave unforked.
+    """
+    return isinstance(cache, Cache) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, _RoomyLayer) for layer in cache.layers
+    )
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for the tokens to come, written in place.
+
+    Its parent class concatenates, which copies the whole prefix at every token: on a CPU a third of the time of
+    sampling with a small model.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._buffers = [tensor.new_empty(*_with_length(tensor, tensor.size(-2) + room)) for tensor in (keys, values)]
+        self._write(0, keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        length = self.keys.size(-2)
+        if length + key_states.size(-2) > self._buffers[0].size(-2):
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._write(length, key_states, value_states)
+        return self.keys, self.values
+
+    def _write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        end = start + keys.size(-2)
+        for buffer, states in zip(self._buffers, (keys, values), strict=True):
+            buffer[..., start:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+
+
+def _with_length(tensor: Tensor, length: int) -> tuple[int, ...]:
+    return (*tensor.shape[:-2], length, tensor.shape[-1])
+
+
+def _fork(cache: Cache, rows: Tensor, room: int) -> Cache:
+    """A new cache whose row i is row rows[i] of `cache`, with room for more tokens. `cache` stays as it is."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    fork.batch_select_indices(rows)
+    fork.layers = [
+        _RoomyLayer(layer.keys, layer.values, room)
+        if isinstance(layer, DynamicLayer) and not layer.is_sliding and layer.is_initialized
+        else layer
+        for layer in fork.layers
+    ]
+    return fork

@@ -1,0 +1,109 @@
+"""Trees as the rows of a TRL batch: slots, ownership, and what each token contributes to the loss.
+
+Legend: B rows, T completion tokens, D depth, N nodes of all trees of the batch (roots included).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .tree import ROOT, Tree
+
+
+NO_NODE = -1
+
+
+def slots(tree: Tree, branching: Sequence[int]) -> list[int]:
+    """The leaf that each row of the tree ends in.
+
+    Row k is the k-th root-to-leaf path of the complete tree in depth-first order. A branch that ended early fills all
+    the slots that would have been below it, so that a plain mean over a node's rows is the node's value.
+
+    Args:
+        tree: A grown tree.
+        branching: [D] branching factors (N_1 .. N_D).
+
+    Returns:
+        [N_1 x .. x N_D] leaf indices.
+    """
+    return [leaf for leaf in tree.leaves for _ in range(math.prod(branching[tree.depths[leaf] :]))]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which node every token of every row belongs to, and which row trains it.
+
+    Args:
+        node_BT: (B, T) index of the token's node among the nodes of all trees; `NO_NODE` on padding.
+        owned_BT: (B, T) whether the row owns the node. Each node is owned by at most one row.
+    """
+
+    node_BT: Tensor
+    owned_BT: Tensor
+
+
+def lay_out(
+    trees: Sequence[Tree], branching: Sequence[int], width: int, active_B: Sequence[bool] | None = None
+) -> RowLayout:
+    """Lay trees out as rows of `width` tokens; each node is owned by its first active row.
+
+    Args:
+        trees: The trees of the batch, in row order; node indices continue from tree to tree.
+        branching: [D] branching factors.
+        width: T, at least the longest path.
+        active_B: Rows that can carry loss; all of them by default. A node that only inactive rows pass is not owned.
+    """
+    max_depth = len(branching)
+    paths: list[list[int]] = []
+    ends: list[list[int]] = []
+    owned: list[list[bool]] = []
+    seen: set[int] = set()
+    offset = 0
+    for tree in trees:
+        for leaf in slots(tree, branching):
+            is_active = active_B is None or active_B[len(paths)]
+            path = tree.path(leaf)
+            missing = max_depth - len(path)
+            lengths = [len(tree.nodes[node].token_ids) for node in path]
+            nodes = [offset + node for node in path]
+            paths.append(nodes + [NO_NODE] * missing)
+            ends.append(list(accumulate(lengths)) + [sum(lengths)] * missing)
+            owned.append([is_active and node not in seen for node in nodes] + [False] * missing)
+            if is_active:
+                seen.update(nodes)
+        offset += len(tree.nodes)
+    position_BT = torch.arange(width).expand(len(paths), width).contiguous()
+    # The number of segments that end at or before a position is the depth index of the segment it lies in.
+    depth_BT = torch.searchsorted(torch.tensor(ends).view(-1, max_depth), position_BT, right=True)
+    is_padding_BT = depth_BT == max_depth
+    depth_BT = depth_BT.clamp(max=max_depth - 1)
+    node_BT = torch.tensor(paths).view(-1, max_depth).gather(1, depth_BT).masked_fill(is_padding_BT, NO_NODE)
+    owned_BT = torch.tensor(owned).view(-1, max_depth).gather(1, depth_BT) & ~is_padding_BT
+    return RowLayout(node_BT, owned_BT)
+
+
+def project(node_BT: Tensor, value_N: Tensor) -> Tensor:
+    """(B, T): each token gets its node's value; padding gets 0."""
+    return value_N[node_BT.clamp(min=0)].masked_fill(node_BT == NO_NODE, 0)
+
+
+def token_weights(tree: Tree, segment_length: int) -> list[float]:
+    """Each token counts the same: the loss is a mean over all kept tokens (the authors' code)."""
+    return [1.0] * len(tree.nodes)
+
+
+def node_weights(tree: Tree, segment_length: int) -> list[float]:
+    """Each node counts the same: a token weighs L / |n|, |n| tokens in its node n (TreeRPO, eq. 5 as printed).
+
+    The factor L makes a token of a full segment weigh 1, so that weights never sum to less than their count.
+    """
+    return [0.0] + [segment_length / len(node.token_ids) for node in tree.nodes[ROOT + 1 :]]
+
+
+LOSS_WEIGHTINGS: dict[str, Callable[[Tree, int], list[float]]] = {"token": token_weights, "node": node_weights}

@@ -1,0 +1,138 @@
+"""What was sampled: a prompt and the segments that branch from it, as flat and immutable data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+
+NO_PARENT = -1
+ROOT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sampled step, before it has a place in a tree.
+
+    Args:
+        token_ids: The sampled tokens, at least one. The end-of-sequence token, if drawn, is the last.
+        ended: Whether generation is over after this segment (it drew EOS or a stop string). A segment that merely
+            reached its length limit has not ended: it can branch.
+        logprobs: Log-probability, in nats, that each token was drawn with; `None` if the backend does not report it.
+    """
+
+    token_ids: tuple[int, ...]
+    ended: bool
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A segment with its place in the tree. A node stores only the tokens it adds to its parent's path.
+
+    Args:
+        parent: Index of the parent, smaller than the node's own; `NO_PARENT` at the root.
+        token_ids: The tokens this node adds. The root's are the prompt's.
+        ended: See [`Segment`]. An ended node is a leaf.
+        logprobs: See [`Segment`].
+    """
+
+    parent: int
+    token_ids: tuple[int, ...]
+    ended: bool = False
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prompt (node 0, the root) and every segment sampled below it.
+
+    Args:
+        nodes: [N] nodes, each after its parent.
+
+    Raises:
+        ValueError: A node stands before its parent, adds no token, or hangs below a node that ended.
+    """
+
+    nodes: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        if not self.nodes or self.nodes[ROOT].parent != NO_PARENT:
+            raise ValueError(f"a tree starts with a root whose parent is {NO_PARENT}, got {self.nodes[:1]}")
+        for index, node in enumerate(self.nodes[1:], start=1):
+            if not ROOT <= node.parent < index:
+                raise ValueError(f"node {index} has parent {node.parent}; it must be between 0 and {index - 1}")
+            if self.nodes[node.parent].ended:
+                raise ValueError(f"node {index} hangs below node {node.parent}, which ended; an ended node is a leaf")
+            if not node.token_ids:
+                raise ValueError(f"node {index} adds no token; a segment has at least one")
+
+    @classmethod
+    def from_prompt(cls, token_ids: Sequence[int]) -> Tree:
+        """A tree of the prompt alone."""
+        return cls((Node(parent=NO_PARENT, token_ids=tuple(token_ids)),))
+
+    def grow(self, segments: Mapping[int, Sequence[Segment]]) -> Tree:
+        """The tree with new children: parent index -> its children's segments, in order."""
+        children = [
+            Node(parent, segment.token_ids, segment.ended, segment.logprobs)
+            for parent, group in segments.items()
+            for segment in group
+        ]
+        return Tree(self.nodes + tuple(children))
+
+    @cached_property
+    def parents(self) -> tuple[int, ...]:
+        """[N] index of each node's parent."""
+        return tuple(node.parent for node in self.nodes)
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """[N] indices of each node's children, in the order they were sampled."""
+        lists: list[list[int]] = [[] for _ in self.nodes]
+        for index, node in enumerate(self.nodes[1:], start=1):
+            lists[node.parent].append(index)
+        return tuple(tuple(group) for group in lists)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """[N] depth of each node; the root has 0."""
+        depths = [0]
+        for node in self.nodes[1:]:
+            depths.append(depths[node.parent] + 1)
+        return tuple(depths)
+
+    @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """Indices of the leaves in depth-first order. A tree of the prompt alone has none."""
+        found, stack = [], list(reversed(self.children[ROOT]))
+        while stack:
+            index = stack.pop()
+            if self.children[index]:
+                stack.extend(reversed(self.children[index]))
+            else:
+                found.append(index)
+        return tuple(found)
+
+    def path(self, index: int) -> tuple[int, ...]:
+        """Node indices from depth 1 down to `index`; empty for the root."""
+        path: list[int] = []
+        while index != ROOT:
+            path.append(index)
+            index = self.nodes[index].parent
+        return tuple(reversed(path))
+
+    def completion_ids(self, index: int) -> list[int]:
+        """Every token sampled on the way to `index`, the prompt left out."""
+        return [token for node in self.path(index) for token in self.nodes[node].token_ids]
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The prompt's tokens."""
+        return self.nodes[ROOT].token_ids
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Number of sampled tokens, each counted once however many leaves share it."""
+        return sum(len(node.token_ids) for node in self.nodes[1:])

@@ -1,0 +1,284 @@
+"""TreeRPOConfig: TRL's GRPOConfig with the shape of the tree and what is made of its rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trl import GRPOConfig
+
+from .credit import ESTIMATORS
+
+
+if TYPE_CHECKING:
+    Branching = int | Sequence[int]
+else:
+    Branching = list[int]  # what the command line parses: one number or several
+
+DEFAULT_MAX_DEPTH = 3
+DEFAULT_SEGMENT_LENGTH = 128
+LOSS_TYPES = ("dapo", "bnpo", "cispo", "dr_grpo")
+LOSS_WEIGHTINGS = ("token", "node")
+# Generation options that would take a wave's length, or the i.i.d. sampling of siblings, out of the tree's hands.
+TREE_OWNED_GENERATION_KWARGS = {
+    "max_new_tokens": "set segment_length and max_depth",
+    "max_length": "set segment_length and max_depth",
+    "min_new_tokens": "it would act on each segment; remove it",
+    "num_beams": "siblings are sampled independently; remove it",
+    "num_return_sequences": "set branching_factor",
+    "use_cache": "remove it; trees are grown on the cache",
+    "cache_implementation": "remove it; only the default cache can be forked",
+}
+
+
+@dataclass
+class TreeRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`TreeRPOTrainer`].
+
+    It has every parameter of [`~trl.GRPOConfig`]; only the ones below are new or differ.
+
+    Parameters:
+        branching_factor (`int` or `list[int]`, *optional*, defaults to `2`):
+            Number of children of each unfinished node: one number for every depth, or one per depth (N_1 .. N_D).
+        max_depth (`int`, *optional*):
+            Depth D of the tree. Defaults to the length of `branching_factor` if that has several numbers, else to `3`.
+        segment_length (`int`, *optional*):
+            Most tokens of a segment, at which it branches (the paper's L_step). Defaults to `max_completion_length`
+            divided by `max_depth`, rounded up, if that is given, else to `128`.
+        advantage_estimator (`str`, *optional*, defaults to `"treerpo"`):
+            How values become advantages within a group of siblings with mean mu:
+
+            - `"treerpo"`: (V - mu) / (mu (1 - mu)), the paper's eq. 4. Needs rewards in [0, 1].
+            - `"bernoulli_std"`: (V - mu) / sqrt(mu (1 - mu)). Needs rewards in [0, 1].
+            - `"group_std"`: (V - mu) / (std + 1e-4), as GRPO.
+            - `"centered"`: V - mu, as Dr. GRPO.
+        prune_threshold (`float` or `None`, *optional*, defaults to `0.1`):
+            tau: a group is trained if and only if max - min of its values exceeds it. `None`, or a negative number,
+            keeps every group.
+        loss_weighting (`str`, *optional*, defaults to `"token"`):
+            `"token"`: the loss is a mean over all kept tokens (the authors' code). `"node"`: a mean over kept nodes of
+            the mean over a node's tokens (eq. 5 as printed).
+        max_frontier_rows (`int`, *optional*, defaults to `256`):
+            Most branches decoded at a time. It bounds the memory that sampling takes.
+        num_generations (`int`, *optional*):
+            Leaves of the complete tree, N_1 x .. x N_D: the rows a prompt takes in the batch. Derived; if given, it is
+            checked.
+        max_completion_length (`int`, *optional*):
+            Most tokens of a completion. Defaults to `max_depth * segment_length`; it may be smaller by less than a
+            segment, which makes the last segment the shorter one.
+    """
+
+    branching_factor: Branching = field(
+        default_factory=lambda: [2],
+        metadata={
+            "help": "Number of children of each unfinished node: one number for every depth, or one per depth.",
+            "nargs": "+",
+        },
+    )
+    max_depth: int | None = field(
+        default=None,
+        metadata={
+            "help": "Depth of the tree. Defaults to the length of `branching_factor` if that has several numbers, "
+            "else to 3."
+        },
+    )
+    segment_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a segment, at which it branches. Defaults to `max_completion_length` divided by "
+            "`max_depth`, rounded up, if that is given, else to 128."
+        },
+    )
+    advantage_estimator: str = field(
+        default="treerpo",
+        metadata={
+            "help": "How values become advantages within a group of siblings: 'treerpo' (the paper's eq. 4), "
+            "'bernoulli_std', 'group_std' (GRPO) or 'centered' (Dr. GRPO). The first two need rewards in [0, 1]."
+        },
+    )
+    prune_threshold: float | None = field(
+        default=0.1,
+        metadata={
+            "help": "A group of siblings is trained if and only if max - min of its values exceeds this. None or a "
+            "negative number keeps every group."
+        },
+    )
+    loss_weighting: str = field(
+        default="token",
+        metadata={
+            "help": "'token': mean over all kept tokens. 'node': mean over kept nodes of the mean over their tokens."
+        },
+    )
+    max_frontier_rows: int = field(
+        default=256,
+        metadata={"help": "Most branches decoded at a time. It bounds the memory that sampling takes."},
+    )
+    num_generations: int | None = field(
+        default=None,
+        metadata={"help": "Leaves of the complete tree. Derived from the tree; if given, it is checked."},
+    )
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a completion. Defaults to `max_depth * segment_length`; it may be smaller by less "
+            "than a segment."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._derive_tree()
+        self._refuse_unsupported()
+        if self.generation_batch_size is None:
+            self._check_trees_fit(self.steps_per_generation or self.gradient_accumulation_steps)
+        super().__post_init__()  # resolves steps_per_generation, and parses generation_kwargs from the command line
+        self._check_trees_fit(self.steps_per_generation)
+        for name, fix in TREE_OWNED_GENERATION_KWARGS.items():
+            if name in (self.generation_kwargs or {}):
+                raise ValueError(
+                    f"generation_kwargs has {name}={self.generation_kwargs[name]!r}, which the tree decides: {fix}"
+                )
+
+    @classmethod
+    def paper(
+        cls, output_dir: str, num_processes: int = 8, per_device_train_batch_size: int = 64, **overrides: Any
+    ) -> TreeRPOConfig:
+        """The setting of the paper (arXiv:2506.05183, section 4): 8 x 8 x 8 trees of 384-token segments.
+
+        A step generates 128 prompts (65,536 rows) over all processes and updates twice.
+
+        Args:
+            output_dir: Where to write the model and its checkpoints.
+            num_processes: Number of processes that will train; the rows are divided among them.
+            per_device_train_batch_size: Rows of a micro-batch.
+            overrides: Any other parameter, instead of the paper's.
+
+        Raises:
+            ValueError: 128 trees of 512 rows do not divide into two updates of whole micro-batches.
+        """
+        rows, micro_batch = 128 * 8**3, num_processes * per_device_train_batch_size
+        if rows % (2 * micro_batch):
+            raise ValueError(
+                f"128 prompts of 512 rows do not divide into two updates over num_processes={num_processes} with "
+                f"per_device_train_batch_size={per_device_train_batch_size}; use powers of two"
+            )
+        batch = {
+            "per_device_train_batch_size": per_device_train_batch_size,
+            "steps_per_generation": rows // micro_batch,
+            "gradient_accumulation_steps": rows // micro_batch // 2,
+        }
+        return cls(output_dir=output_dir, **{**PAPER_SETTING, **batch, **overrides})
+
+    def _derive_tree(self) -> None:
+        """Resolve branching_factor, max_depth, segment_length, num_generations and max_completion_length."""
+        given = self.branching_factor
+        branching = [given] if isinstance(given, int) else list(given)
+        if self.max_depth is None:
+            self.max_depth = len(branching) if len(branching) > 1 else DEFAULT_MAX_DEPTH
+        if self.max_depth < 1:
+            raise ValueError(f"max_depth is {self.max_depth}; a tree is at least 1 deep")
+        if len(branching) == 1:
+            branching *= self.max_depth
+        if len(branching) != self.max_depth:
+            raise ValueError(
+                f"branching_factor {branching} has {len(branching)} numbers, but max_depth is {self.max_depth}; give "
+                "one number for every depth, or one per depth"
+            )
+        if min(branching) < 2:
+            raise ValueError(
+                f"branching_factor {branching} has a number below 2; an only child has no sibling to be compared "
+                "with, so its tokens would never be trained. Use 2 or more at every depth"
+            )
+        self.branching_factor = branching
+        leaves = math.prod(branching)
+        if self.num_generations not in (None, leaves):
+            raise ValueError(
+                f"branching_factor {branching} over max_depth {self.max_depth} makes {leaves} leaves, but "
+                f"num_generations is {self.num_generations}; leave num_generations unset or set it to {leaves}"
+            )
+        self.num_generations = leaves
+        if self.max_frontier_rows < 1:
+            raise ValueError(f"max_frontier_rows is {self.max_frontier_rows}; at least one row must be decoded")
+        self._derive_lengths(self.max_depth)
+
+    def _derive_lengths(self, depth: int) -> None:
+        if self.segment_length is None:
+            given = self.max_completion_length
+            self.segment_length = DEFAULT_SEGMENT_LENGTH if given is None else math.ceil(given / depth)
+        if self.segment_length < 1:
+            raise ValueError(f"segment_length is {self.segment_length}; a segment has at least one token")
+        most = depth * self.segment_length
+        if self.max_completion_length is None:
+            self.max_completion_length = most
+        if not most - self.segment_length < self.max_completion_length <= most:
+            raise ValueError(
+                f"max_completion_length is {self.max_completion_length}, but {depth} segments of "
+                f"{self.segment_length} tokens make completions of {most - self.segment_length + 1} to {most}; leave "
+                f"max_completion_length unset, or leave segment_length unset to have it derived"
+            )
+
+    def _refuse_unsupported(self) -> None:
+        """Refuse what would be wrong, or silently without effect, on trees: (parameter, allowed, reason and fix)."""
+        rules: list[tuple[str, Sequence[Any], str]] = [
+            ("advantage_estimator", tuple(ESTIMATORS), "choose one of these"),
+            ("loss_weighting", LOSS_WEIGHTINGS, "choose one of these"),
+            (
+                "loss_type",
+                LOSS_TYPES,
+                "the other losses average over each row, but a row holds only the tokens it owns of a tree",
+            ),
+            ("importance_sampling_level", ("token",), "a row of a tree holds only the tokens it owns of its sequence"),
+            ("off_policy_mask_threshold", (None,), "it masks whole rows, which share their tokens with other rows"),
+            ("scale_rewards", ("group", True), "advantage_estimator scales the advantages; 'centered' does not scale"),
+            (
+                "multi_objective_aggregation",
+                ("sum_then_normalize",),
+                "a leaf's value is the weighted sum of its rewards",
+            ),
+            ("use_vllm", (False,), "trees are grown with transformers' generate"),
+            ("use_transformers_continuous_batching", (False,), "it cannot fork the cache of a branch"),
+            ("use_transformers_paged", (False,), "it cannot fork the cache of a branch"),
+            ("cache_implementation", (None,), "only the default cache can be forked"),
+        ]
+        for name, allowed, reason in rules:
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"{name}={value!r} does not work with trees: {reason}. Use {name}="
+                    + " or ".join(repr(choice) for choice in allowed)
+                )
+
+    def _check_trees_fit(self, steps_per_generation: int) -> None:
+        """A whole tree lives on one process, so a process must generate a whole number of trees."""
+        batch, leaves = self.per_device_train_batch_size, self.num_generations or 1
+        if batch * steps_per_generation % leaves == 0:
+            return
+        fitting = math.lcm(batch, leaves) // batch
+        fix = f"steps_per_generation={math.ceil(steps_per_generation / fitting) * fitting}"
+        if self.steps_per_generation is None or self.steps_per_generation == self.gradient_accumulation_steps:
+            fix = f"{fix} (or gradient_accumulation_steps, which it defaults to)"
+        raise ValueError(
+            f"per_device_train_batch_size ({batch}) x steps_per_generation ({steps_per_generation}) = "
+            f"{batch * steps_per_generation} rows a process is not a multiple of num_generations ({leaves}, the "
+            f"leaves of a tree), but a whole tree lives on one process. Use {fix}, or "
+            f"per_device_train_batch_size={leaves}"
+        )
+
+
+PAPER_SETTING: dict[str, Any] = {
+    "branching_factor": 8,
+    "max_depth": 3,
+    "segment_length": 384,
+    "advantage_estimator": "treerpo",
+    "prune_threshold": 0.1,
+    "loss_weighting": "token",
+    "loss_type": "dapo",
+    "temperature": 0.6,
+    "epsilon": 0.2,
+    "beta": 0.001,
+    "entropy_coef": 0.001,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "constant",
+}

@@ -1,0 +1,295 @@
+"""TreeRPOTrainer: TRL's GRPOTrainer, growing trees and training each step against its siblings."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context
+from trl.models import unwrap_model_for_generation
+from trl.trainer.grpo_trainer import RewardFunc
+from trl.trainer.utils import get_config_model_id
+
+from .backends import TransformersBackend
+from .credit import ScoredTree, assign
+from .metrics import tree_metrics
+from .rows import LOSS_WEIGHTINGS, lay_out, project, slots
+from .sampling import TreeShape, grow
+from .scoring import DistinctRows, score_once
+from .tree import Tree
+from .treerpo_config import TreeRPOConfig
+from .validation import check_arguments, check_dataset, check_prompt_lengths, check_prompts_fit
+
+
+class TreeRPOTrainer(GRPOTrainer):
+    """
+    Trainer for Tree Relative Policy Optimization (TreeRPO), introduced in [TreeRPO: Tree Relative Policy
+    Optimization](https://huggingface.co/papers/2506.05183).
+
+    It takes the arguments of [`~trl.GRPOTrainer`] and differs in two things. Sampling: instead of `num_generations`
+    independent completions, each prompt grows a tree of segments. Credit: every segment is worth the mean of its
+    children, down to the rewards of the leaves, and its tokens are trained with its advantage over its siblings.
+
+    The batch has TRL's shape: row k of a prompt is the k-th root-to-leaf path of the complete tree, depth first. Each
+    segment carries loss in the first row it appears in. Evaluation samples plain completions, as GRPO does.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
+    >>> from trl.rewards import accuracy_reward
+
+    >>> trainer = TreeRPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=TreeRPOConfig("Qwen2.5-0.5B-TreeRPO", branching_factor=4, max_depth=2, segment_length=256),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+        optimizers, quantization_config, peft_config:
+            As for [`~trl.GRPOTrainer`].
+        args ([`TreeRPOConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        tools, rollout_func, environment_factory:
+            Refused: a tree cannot branch through them yet.
+
+    Attributes:
+        last_trees (`list[ScoredTree]`): This process's trees of the newest generation batch, with their rewards,
+            values, advantages and which nodes were kept.
+    """
+
+    reward_funcs: list[Any]
+    _buffered_inputs: list[dict[str, Any]] | None
+
+    _tag_names = ["trl", "treerpo"]
+    _name = "TreeRPO"
+    _paper = {
+        "title": "TreeRPO: Tree Relative Policy Optimization",
+        "id": "2506.05183",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{yang2025treerpo,
+                title        = {{TreeRPO: Tree Relative Policy Optimization}},
+                author       = {Zhicheng Yang and Zhijiang Guo and Yinya Huang and Yongxin Wang and Yiwei Wang and
+                                Xiaodan Liang and Jing Tang},
+                year         = 2025,
+                eprint       = {arXiv:2506.05183},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: TreeRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable[..., Any]] | None = None,
+        rollout_func: Callable[..., Any] | None = None,
+        environment_factory: Any = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = TreeRPOConfig(f"{model_name.split('/')[-1]}-TreeRPO")
+        check_arguments(args, processing_class, tools, rollout_func, environment_factory)
+        check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        config: Any = args  # whose optional fields are all resolved
+        self.tree_shape = TreeShape(
+            tuple(config.branching_factor), config.segment_length, config.max_completion_length
+        )
+        self.last_trees: list[ScoredTree] = []
+        self._trees: list[Tree] = []
+        self._rewards_per_func = torch.empty(0)
+        text_config = self.model.config.get_text_config()
+        self._max_prompt_length = getattr(text_config, "max_position_embeddings", None)
+        if self._max_prompt_length is not None:
+            self._max_prompt_length -= config.max_completion_length
+        check_prompts_fit(train_dataset, self._tokenize_prompts, self._max_prompt_length, config.max_completion_length)
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: dict[str, Any],
+        num_generations: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Grow one tree per distinct prompt, and return one completion per row."""
+        if not self.model.training:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+            )
+        # TRL repeats each prompt num_generations times; distinct ones are told by position, as prompts may be equal.
+        prompts = prompt_ids[::num_generations]
+        check_prompt_lengths(prompts, self._max_prompt_length, self.max_completion_length)
+        with self._generating() as model:
+            backend = TransformersBackend(
+                model=model,
+                generation_config=self.generation_config,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=self._tokenizer.pad_token_id,
+                max_rows=self.args.max_frontier_rows,
+                tokenizer=self._tokenizer,
+            )
+            self._trees = grow(prompts, self.tree_shape, backend)
+        completion_ids = [
+            tree.completion_ids(leaf) for tree in self._trees for leaf in slots(tree, self.tree_shape.branching)
+        ]
+        return completion_ids, None
+
+    @contextmanager
+    def _generating(self) -> Iterator[PreTrainedModel]:
+        """The model as TRL hands it to `generate`, whatever engine it is wrapped in."""
+        with (
+            profiling_context(self, "transformers.generate"),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield model
+
+    def _calculate_rewards(
+        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        """Score each distinct trajectory once, and keep this process's rewards for the back-up."""
+        if not self.model.training:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rows = DistinctRows.of(completion_ids_list, self.num_generations)
+        reward_funcs = self.reward_funcs
+        self.reward_funcs = [score_once(reward_func, rows) for reward_func in reward_funcs]
+        try:
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_funcs = reward_funcs
+        start = self.accelerator.process_index * len(prompts)
+        self._rewards_per_func = rewards_per_func[start : start + len(prompts)]
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Replace the group-relative advantages of the rows by those of the trees' nodes."""
+        output = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return output
+        self.last_trees = self._assign_credit()
+        device, completion_mask = output["completion_ids"].device, output["completion_mask"]
+        layout = lay_out(
+            self._trees,
+            self.tree_shape.branching,
+            width=completion_mask.size(1),
+            active_B=completion_mask.any(dim=1).tolist(),  # mask_truncated_completions empties rows
+        )
+        weigh = LOSS_WEIGHTINGS[self.args.loss_weighting]
+        advantage_N: list[float] = []
+        weight_N: list[float] = []
+        for scored in self.last_trees:
+            weights = weigh(scored.tree, self.tree_shape.segment_length)
+            advantage_N += scored.advantages
+            weight_N += [weight * kept for weight, kept in zip(weights, scored.kept, strict=True)]
+        advantages = project(layout.node_BT, torch.tensor(advantage_N)).to(device)
+        loss_mask = (project(layout.node_BT, torch.tensor(weight_N)) * layout.owned_BT).to(device)
+        self._log_row_advantages(advantages, (layout.node_BT >= 0).to(device))
+        self._log_tree_metrics()
+        return {
+            **output,
+            "advantages": advantages,
+            "tool_mask": loss_mask,
+            "num_items_in_batch": self.accelerator.gather((completion_mask * loss_mask).sum()).sum(),
+            "row": torch.arange(len(inputs), device=device),
+        }
+
+    def _assign_credit(self) -> list[ScoredTree]:
+        """Score each tree with the rewards of its leaves: the weighted sum over the reward functions, as TRL's."""
+        rewards_per_func = self._rewards_per_func
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        unscorable = rewards_per_func.isnan().all(dim=1).tolist()
+        row_rewards = [None if skip else reward for reward, skip in zip(rewards.tolist(), unscorable, strict=True)]
+        scored_trees = []
+        for index, tree in enumerate(self._trees):
+            start = index * self.num_generations
+            leaves = slots(tree, self.tree_shape.branching)
+            leaf_rewards = dict(zip(leaves, row_rewards[start : start + len(leaves)], strict=True))
+            scored_trees.append(assign(tree, leaf_rewards, self.args.advantage_estimator, self.args.prune_threshold))
+        return scored_trees
+
+    def _log_row_advantages(self, advantages: Tensor, is_token: Tensor) -> None:
+        """In the completions table, a row's advantage is the mean over its tokens."""
+        row_advantages = gather((advantages * is_token).sum(dim=1) / is_token.sum(dim=1)).tolist()
+        logged = self._logs["advantages"]
+        for _ in range(min(len(row_advantages), len(logged))):
+            logged.pop()
+        logged.extend(row_advantages)
+
+    def _log_tree_metrics(self) -> None:
+        metrics = tree_metrics(self.last_trees, self.num_generations, self.tree_shape.max_depth)
+        sums = torch.tensor([[mean.total, mean.count] for mean in metrics.values()], device=self.accelerator.device)
+        for name, (total, count) in zip(metrics, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
+            self._metrics["train"][name].append(total / count if count else float("nan"))
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """Shuffle whole micro-batches: TRL's shuffle of rows would scatter a tree over them."""
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not None and self._buffered_inputs is not buffered:
+            self._buffered_inputs = _shuffle_micro_batches(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
+    def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+        """As upstream, on whether a token counts rather than how much (`loss_weighting='node'` weighs tokens)."""
+        return super().get_high_entropy_mask(entropies, (mask > 0).to(entropies.dtype), threshold)
+
+
+def _shuffle_micro_batches(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put shuffled rows back in order ("row" tells it), and shuffle the micro-batches instead."""
+    order = torch.cat([batch["row"] for batch in micro_batches]).argsort()
+    size = len(order) // len(micro_batches)
+    restored: list[dict[str, Any]] = [{} for _ in micro_batches]
+    for key, value in micro_batches[0].items():
+        is_per_row = isinstance(value, Tensor) and value.dim() > 0
+        rows = torch.cat([batch[key] for batch in micro_batches])[order] if is_per_row else None
+        for index, batch in enumerate(restored):
+            batch[key] = value if rows is None else rows[index * size : (index + 1) * size]
+    return [restored[index] for index in torch.randperm(len(restored)).tolist()]

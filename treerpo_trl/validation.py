@@ -1,0 +1,106 @@
+"""Checks of arguments and data that fail before any training time is spent, naming the value and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import ProcessorMixin
+
+from .treerpo_config import TreeRPOConfig
+
+
+IMAGE_COLUMNS = ("image", "images")
+# Tokens that a chat template may add around the messages of a prompt.
+TEMPLATE_MARGIN = 512
+
+
+def check_arguments(args: Any, processing_class: Any, tools: Any, rollout_func: Any, environment_factory: Any) -> None:
+    """Refuse arguments of GRPOTrainer that a tree cannot use.
+
+    Raises:
+        TypeError: `args` is not a TreeRPOConfig.
+        ValueError: Tools, an environment, a rollout function or a multimodal processor is given.
+    """
+    if not isinstance(args, TreeRPOConfig):
+        raise TypeError(
+            f"args is a {type(args).__name__}, but TreeRPOTrainer needs a TreeRPOConfig; it takes the same parameters"
+        )
+    refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+    for name, value in refused.items():
+        if value:
+            raise ValueError(
+                f"{name}={value!r} is not supported by TreeRPOTrainer: a tree branches in the middle of a completion, "
+                f"which a tool call or an environment cannot follow yet. Remove {name}, or use trl.GRPOTrainer"
+            )
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"processing_class is a {type(processing_class).__name__}, but TreeRPOTrainer does not support images "
+            "yet; pass its tokenizer (processor.tokenizer) and a text-only dataset"
+        )
+
+
+def check_dataset(dataset: Any, prompts_per_batch: int) -> None:
+    """Refuse a dataset that would train nothing, or that trees cannot use. Streams are checked for their columns only.
+
+    Raises:
+        ValueError: The dataset is missing, has too few rows, no `prompt` column, or images.
+    """
+    if dataset is None:
+        raise ValueError("train_dataset is None; pass a dataset with a 'prompt' column")
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(dataset, Dataset) and len(dataset) < prompts_per_batch:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} rows, but one generation batch takes {prompts_per_batch} prompts "
+            "(generation_batch_size / num_generations), so nothing would be trained. Use more rows, or a smaller "
+            "per_device_train_batch_size, steps_per_generation or tree"
+        )
+    if columns is None:
+        return
+    if "prompt" not in columns:
+        raise ValueError(f"train_dataset has the columns {columns}, but no 'prompt'; rename the one that holds it")
+    for name in IMAGE_COLUMNS:
+        if name in columns:
+            raise ValueError(
+                f"train_dataset has the column '{name}', but TreeRPOTrainer does not support images yet; remove it"
+            )
+
+
+def check_prompts_fit(
+    dataset: Any,
+    tokenize: Callable[[list[Any]], tuple[list[list[int]], Any, Any]],
+    max_prompt_length: int | None,
+    max_completion_length: int,
+) -> None:
+    """Check the prompts of a dataset against the model's context, tokenizing only those that might not fit.
+
+    A byte-level tokenizer makes at most one token of a byte, so a prompt of few bytes need not be tokenized. Streams
+    are checked batch by batch while they train.
+    """
+    if max_prompt_length is None or not isinstance(dataset, Dataset):
+        return
+    for prompt in dataset["prompt"]:
+        messages = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
+        if sum(len(message.encode()) for message in messages) + TEMPLATE_MARGIN > max_prompt_length:
+            check_prompt_lengths(tokenize([prompt])[0], max_prompt_length, max_completion_length)
+
+
+def check_prompt_lengths(
+    prompts: Sequence[Sequence[int]], max_prompt_length: int | None, max_completion_length: int
+) -> None:
+    """Refuse empty prompts and those that leave no room for the completion in the model's context.
+
+    Raises:
+        ValueError: A prompt has no token, or more than `max_prompt_length`.
+    """
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {index} of the batch has no tokens; remove empty prompts from the dataset")
+        if max_prompt_length is not None and len(prompt) > max_prompt_length:
+            raise ValueError(
+                f"a prompt has {len(prompt)} tokens, but the model's context of "
+                f"{max_prompt_length + max_completion_length} leaves {max_prompt_length} for it next to "
+                f"max_completion_length={max_completion_length}. Filter out prompts this long, or lower "
+                "segment_length or max_depth"
+            )

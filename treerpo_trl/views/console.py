@@ -1,0 +1,76 @@
+"""A scored tree in the terminal: what each step says, what it is worth, and whether it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+from rich.tree import Tree as RichTree
+
+from ..credit import ScoredTree
+from ..tree import ROOT
+
+
+class Tokenizer(Protocol):
+    """What a view needs of a tokenizer."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
+        """The text of token ids."""
+        ...
+
+
+def print_tree(scored: ScoredTree, tokenizer: Tokenizer, console: Console | None = None) -> None:
+    """Print a tree; see [`render_tree`].
+
+    Args:
+        scored: A tree with its values, such as one of `trainer.last_trees`.
+        tokenizer: Decodes the steps.
+        console: Where to print; the terminal by default.
+    """
+    (console or Console()).print(render_tree(scored, tokenizer))
+
+
+def render_tree(scored: ScoredTree, tokenizer: Tokenizer) -> RichTree:
+    """The prompt and below it every step: its value as a colour (red 0, green 1), its text and its advantage.
+
+    Steps of pruned groups are dimmed; leaves end with their reward.
+    """
+    root = RichTree(Text.assemble(_text(scored, ROOT, tokenizer), "  ", _value(scored, ROOT)))
+    _add_children(root, scored, ROOT, lambda node: _label(scored, node, tokenizer))
+    return root
+
+
+def _add_children(branch: RichTree, scored: ScoredTree, node: int, label: Callable[[int], Text]) -> None:
+    for child in scored.tree.children[node]:
+        _add_children(branch.add(label(child)), scored, child, label)
+
+
+def _label(scored: ScoredTree, node: int, tokenizer: Tokenizer) -> Text:
+    label = Text.assemble(_value(scored, node), "  ", _text(scored, node, tokenizer))
+    if scored.kept[node]:
+        label.append(f"  A={scored.advantages[node]:+.2f}", style="bold")
+    else:
+        label.append("  pruned", style="italic")
+        label.stylize("dim")
+    if node in scored.rewards:
+        reward = scored.rewards[node]
+        label.append("  reward " + ("none" if reward is None else f"{reward:g}"))
+    return label
+
+
+def _value(scored: ScoredTree, node: int) -> Text:
+    value = scored.values[node]
+    if value is None:
+        return Text("V=none", style="dim")
+    share = min(max(value, 0.0), 1.0)
+    red, green = round(220 * (1 - share)), round(180 * share)
+    return Text(f"V={value:.2f}", style=Style(color=f"rgb({red},{green},40)"))
+
+
+def _text(scored: ScoredTree, node: int, tokenizer: Tokenizer) -> str:
+    """The step's text on one line, with what it holds of control characters made visible."""
+    text = tokenizer.decode(scored.tree.nodes[node].token_ids, skip_special_tokens=False)
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
