@@ -75,14 +75,15 @@ def check_prompts_fit(
 ) -> None:
     """Check the prompts of a dataset against the model's context, tokenizing only those that might not fit.
 
-    A byte-level tokenizer makes at most one token of a byte, so a prompt of few bytes need not be tokenized. Streams
-    are checked batch by batch while they train.
+    A tokenizer makes at most one token of a byte, so a prompt of few bytes need not be tokenized. Streams are checked
+    batch by batch while they train.
     """
-    if max_prompt_length is None or not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset):
         return
     for prompt in dataset["prompt"]:
         messages = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
-        if sum(len(message.encode()) for message in messages) + TEMPLATE_MARGIN > max_prompt_length:
+        num_bytes = sum(len(message.encode()) for message in messages)
+        if num_bytes == 0 or (max_prompt_length is not None and num_bytes + TEMPLATE_MARGIN > max_prompt_length):
             check_prompt_lengths(tokenize([prompt])[0], max_prompt_length, max_completion_length)
 
 
@@ -94,9 +95,9 @@ def check_prompt_lengths(
     Raises:
         ValueError: A prompt has no token, or more than `max_prompt_length`.
     """
-    for index, prompt in enumerate(prompts):
+    for prompt in prompts:
         if len(prompt) == 0:
-            raise ValueError(f"prompt {index} of the batch has no tokens; remove empty prompts from the dataset")
+            raise ValueError("a prompt has no tokens; remove empty prompts from the dataset")
         if max_prompt_length is not None and len(prompt) > max_prompt_length:
             raise ValueError(
                 f"a prompt has {len(prompt)} tokens, but the model's context of "

@@ -1,0 +1,167 @@
+"""What the tests share: a tiny model and tokenizer made in code, and random trees."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from treerpo_trl import TreeRPOConfig
+from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.tree import Segment, Tree
+
+
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
+
+CHARACTERS = "0123456789+-=\n abcdefgh"
+PAD, EOS = 0, 1
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'][0] }}{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a{% endif %}"
+)
+
+
+def make_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
+    """One token a character; unknown characters become `<pad>`."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<eos>" if pad_is_eos else "<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_config(**overrides) -> Qwen2Config:
+    sizes = {
+        "vocab_size": len(CHARACTERS) + 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": None,
+    }
+    return Qwen2Config(**{**sizes, **overrides})
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory):
+    """A tiny random Qwen2 on disk. It is sharp enough that its samples are not uniform."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(tiny_config(initializer_range=0.2))
+    path = tmp_path_factory.mktemp("tiny-qwen2")
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def model(model_path):
+    return Qwen2ForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def dataset():
+    """Prompts of one to several tokens."""
+    rows = 32
+    return Dataset.from_dict(
+        {"prompt": ["7+" * (i % 4) + f"{i}=" for i in range(rows)], "answer": [str(i) for i in range(rows)]}
+    )
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    """A configuration for a tiny CPU run: 8 leaves (2 x 2 x 2) of 4-token segments."""
+
+    def make(**overrides) -> TreeRPOConfig:
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "branching_factor": 2,
+            "max_depth": 3,
+            "segment_length": 4,
+            "per_device_train_batch_size": 16,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+        }
+        return TreeRPOConfig(**{**defaults, **overrides})
+
+    return make
+
+
+def spread(text: str) -> float:
+    """A deterministic pseudo-random number in [0, 1] for a text."""
+    return random.Random(text).random()
+
+
+def spread_reward(completions, **kwargs) -> list[float]:
+    """A reward in [0, 1] that tells any two completions apart."""
+    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+    return [spread(text) for text in texts]
+
+
+def coin_reward(completions, **kwargs) -> list[float]:
+    """A reward of 0 or 1, so that siblings often tie."""
+    return [float(reward > 0.5) for reward in spread_reward(completions)]
+
+
+class RandomBackend:
+    """Segments from a random generator: some end, some are full, some are cut short."""
+
+    def __init__(self, seed: int, end_probability: float):
+        self.random = random.Random(seed)
+        self.end_probability = end_probability
+
+    def extend(self, trees, branches, num_children, max_tokens, is_last) -> list[list[Segment]]:
+        return [[self._draw(max_tokens) for _ in range(num_children)] for _ in branches]
+
+    def _draw(self, max_tokens: int) -> Segment:
+        ended = self.random.random() < self.end_probability
+        length = self.random.randint(1, max_tokens) if ended or self.random.random() < 0.1 else max_tokens
+        return Segment(tuple(self.random.randint(2, 9) for _ in range(length)), ended)
+
+
+@st.composite
+def shapes(draw, max_depth: int = 3, max_branching: int = 3) -> TreeShape:
+    branching = draw(st.lists(st.integers(2, max_branching), min_size=1, max_size=max_depth))
+    segment_length = draw(st.integers(1, 4))
+    shorter = draw(st.integers(0, segment_length - 1))
+    return TreeShape(tuple(branching), segment_length, len(branching) * segment_length - shorter)
+
+
+@st.composite
+def forests(draw) -> tuple[TreeShape, list[Tree]]:
+    """A shape and one to three random trees grown to it."""
+    shape = draw(shapes())
+    prompts = draw(st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=3), min_size=1, max_size=3))
+    backend = RandomBackend(draw(st.integers(0, 10_000)), draw(st.sampled_from([0.0, 0.2, 0.6, 1.0])))
+    return shape, grow(prompts, shape, backend)
+
+
+def leaf_rewards(tree: Tree, rewards: Sequence[float | None]) -> dict[int, float | None]:
+    """Rewards of the leaves in depth-first order, repeated as needed."""
+    return {leaf: rewards[index % len(rewards)] for index, leaf in enumerate(tree.leaves)}

@@ -1,0 +1,131 @@
+"""TreeRPOConfig: what is derived, what is refused, and that TRL's parser reads it."""
+
+import pytest
+from trl import TrlParser
+
+from treerpo_trl import TreeRPOConfig
+
+
+def make(**options) -> TreeRPOConfig:
+    return TreeRPOConfig(**{"output_dir": "out", "bf16": False, "report_to": "none", **options})
+
+
+def test_defaults_fit_trls_default_batch():
+    config = make()
+    assert (config.branching_factor, config.max_depth, config.segment_length) == ([2, 2, 2], 3, 128)
+    assert (config.num_generations, config.max_completion_length) == (8, 384)
+    assert (config.advantage_estimator, config.prune_threshold, config.loss_weighting) == ("treerpo", 0.1, "token")
+    assert (config.loss_type, config.epsilon) == ("dapo", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"branching_factor": 4, "max_depth": 1}, ([4], 1, 128, 4, 128)),
+        ({"branching_factor": [4, 2]}, ([4, 2], 2, 128, 8, 256)),
+        ({"branching_factor": (2, 4), "segment_length": 10}, ([2, 4], 2, 10, 8, 20)),
+        ({"max_completion_length": 512}, ([2, 2, 2], 3, 171, 8, 512)),
+        ({"max_completion_length": 25, "segment_length": 10}, ([2, 2, 2], 3, 10, 8, 25)),
+        ({"num_generations": 8}, ([2, 2, 2], 3, 128, 8, 384)),
+    ],
+)
+def test_the_tree_is_derived(options, expected):
+    config = make(**options, per_device_train_batch_size=8)
+    derived = (
+        config.branching_factor, config.max_depth, config.segment_length, config.num_generations,
+        config.max_completion_length,
+    )  # fmt: skip
+    assert derived == expected
+
+
+def test_a_resolved_configuration_resolves_to_itself():
+    config = make(branching_factor=[2, 4], segment_length=10, max_completion_length=15)
+    names = ["branching_factor", "max_depth", "segment_length", "num_generations", "max_completion_length"]
+    resolved = {name: getattr(config, name) for name in names}
+    again = make(**resolved)
+    assert {name: getattr(again, name) for name in names} == resolved
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_generations": 9}, r"makes 8 leaves, but num_generations is 9; leave .* or set it to 8"),
+        ({"branching_factor": [2, 2], "max_depth": 3}, r"\[2, 2\] has 2 numbers, but max_depth is 3"),
+        ({"branching_factor": [2, 1]}, r"\[2, 1\] has a number below 2"),
+        ({"branching_factor": 1}, r"\[1, 1, 1\] has a number below 2"),
+        ({"max_depth": 0}, "max_depth is 0; a tree is at least 1 deep"),
+        ({"segment_length": 0}, "segment_length is 0"),
+        ({"max_frontier_rows": 0}, "max_frontier_rows is 0"),
+        ({"segment_length": 10, "max_completion_length": 31}, "is 31, but 3 segments of 10 tokens .* 21 to 30"),
+        ({"segment_length": 10, "max_completion_length": 20}, "is 20, but 3 segments of 10 tokens .* 21 to 30"),
+        ({"per_device_train_batch_size": 12}, r"\(12\) x steps_per_generation \(1\) = 12 .*num_generations \(8.*=2"),
+        ({"generation_batch_size": 24, "per_device_train_batch_size": 2, "branching_factor": 3}, r"\(27\)"),
+        ({"advantage_estimator": "gae"}, "advantage_estimator='gae' .*='treerpo' or 'bernoulli_std'"),
+        ({"loss_weighting": "row"}, "loss_weighting='row' .*='token' or 'node'"),
+        ({"loss_type": "grpo"}, "loss_type='grpo' .* average over each row.*='dapo' or 'bnpo'"),
+        ({"loss_type": "sapo"}, "loss_type='sapo'"),
+        ({"loss_type": "luspo"}, "loss_type='luspo'"),
+        ({"loss_type": "vespo"}, "loss_type='vespo'"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' .*='token'"),
+        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5"),
+        ({"scale_rewards": "none"}, "scale_rewards='none' .*'centered'"),
+        ({"scale_rewards": False}, "scale_rewards=False .*'centered'"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "normalize_then_sum"),
+        ({"use_vllm": True}, "use_vllm=True .* Use use_vllm=False"),
+        ({"use_transformers_continuous_batching": True}, "cannot fork the cache"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"generation_kwargs": {"num_beams": 4}}, "num_beams=4, .* sampled independently"),
+        ({"generation_kwargs": {"max_new_tokens": 9}}, "max_new_tokens=9, .* set segment_length"),
+        ({"generation_kwargs": '{"num_return_sequences": 2}'}, "num_return_sequences=2, .* set branching_factor"),
+    ],
+)  # fmt: skip
+def test_inconsistent_configurations_name_the_values_and_the_fix(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "cispo", "dr_grpo"])
+def test_token_level_losses_are_allowed(loss_type):
+    assert make(loss_type=loss_type).loss_type == loss_type
+
+
+def test_the_fix_of_a_batch_that_does_not_fit_works():
+    options = {"branching_factor": [3, 4], "per_device_train_batch_size": 8, "steps_per_generation": 5}
+    with pytest.raises(ValueError, match="Use steps_per_generation=6, or per_device_train_batch_size=12"):
+        make(**options)
+    make(**{**options, "steps_per_generation": 6})
+    make(**{**options, "per_device_train_batch_size": 12})
+
+
+def test_the_command_line(tmp_path):
+    parser = TrlParser((TreeRPOConfig,))
+    flags = ["--output_dir", "out", "--bf16", "false"]
+    (config,) = parser.parse_args_and_config([*flags, "--branching_factor", "4", "2", "--segment_length", "16"])
+    assert (config.branching_factor, config.max_completion_length) == ([4, 2], 32)
+    (config,) = parser.parse_args_and_config([*flags, "--branching_factor", "2", "--prune_threshold", "0.2"])
+    assert (config.branching_factor, config.prune_threshold) == ([2, 2, 2], 0.2)
+
+
+@pytest.mark.parametrize(("yaml", "expected"), [("8", [8, 8]), ("[4, 2]", [4, 2])])
+def test_yaml(tmp_path, yaml, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"branching_factor: {yaml}\nmax_depth: 2\nprune_threshold: null\nper_device_train_batch_size: 64\n"
+        "output_dir: out\nbf16: false\n"
+    )
+    (config,) = TrlParser((TreeRPOConfig,)).parse_args_and_config(["--config", str(path)])
+    assert (config.branching_factor, config.prune_threshold) == (expected, None)
+
+
+def test_the_papers_setting():
+    config = TreeRPOConfig.paper("out", bf16=False)
+    assert (config.branching_factor, config.segment_length) == ([8, 8, 8], 384)
+    assert (config.num_generations, config.max_completion_length) == (512, 1152)
+    assert (config.temperature, config.beta, config.entropy_coef, config.epsilon) == (0.6, 0.001, 0.001, 0.2)
+    assert (config.learning_rate, config.lr_scheduler_type) == (1e-6, "constant")
+    rows = 8 * config.per_device_train_batch_size * config.steps_per_generation
+    assert rows == 128 * 512  # 128 prompts a step
+    assert config.steps_per_generation == 2 * config.gradient_accumulation_steps  # two updates a batch
+    assert TreeRPOConfig.paper("out", bf16=False, learning_rate=1e-5).learning_rate == 1e-5
+    with pytest.raises(ValueError, match=r"num_processes=3 .* use powers of two"):
+        TreeRPOConfig.paper("out", num_processes=3, bf16=False)

@@ -1,0 +1,85 @@
+"""The architecture, executable: a module imports only from modules above it."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parents[1] / "treerpo_trl"
+STANDARD = set(sys.stdlib_module_names)
+# Module -> what it may import besides the standard library. Everything named `treerpo_trl.*` stands above it.
+MAY_IMPORT = {
+    "tree": set(),
+    "credit": {"treerpo_trl.tree"},
+    "sampling": {"treerpo_trl.tree"},
+    "backends": {"treerpo_trl.tree", "torch", "transformers"},
+    "rows": {"treerpo_trl.tree", "torch"},
+    "scoring": {"torch", "trl"},
+    "metrics": {"treerpo_trl.tree", "treerpo_trl.credit"},
+    "views": {"treerpo_trl.tree", "treerpo_trl.credit", "rich"},
+    "evaluation": {"torch", "tqdm", "transformers", "trl"},
+    "treerpo_config": {"treerpo_trl.credit", "trl"},
+    "validation": {"treerpo_trl.treerpo_config", "datasets", "transformers"},
+}
+TRAINER = {f"treerpo_trl.{name}" for name in MAY_IMPORT} | {"accelerate", "datasets", "torch", "transformers", "trl"}
+ALLOWED = {**MAY_IMPORT, "treerpo_trainer": TRAINER, "__init__": {"treerpo_trl"}}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(path: Path) -> str:
+    """The module, or the folder, that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules a file imports: top-level names of others, `treerpo_trl.x` of ours."""
+    package = ["treerpo_trl", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found.add(module)
+    return {".".join(name.split(".")[: 2 if name.startswith("treerpo_trl.") else 1]) for name in found}
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_imports_only_go_up(path):
+    layer = layer_of(path)
+    assert layer in ALLOWED, (
+        f"{path.name} has no place in the layout; give it one in this table and in CONTRIBUTING.md"
+    )
+    own = f"treerpo_trl.{layer}"
+    allowed = ALLOWED[layer] | STANDARD | {own}
+    extra = {
+        name
+        for name in imports_of(path)
+        if name not in allowed and not (layer == "__init__" and name.startswith("treerpo_trl"))
+    }
+    assert not extra, f"{path.name} may not import {sorted(extra)}"
+
+
+def test_the_list_has_no_cycles():
+    order = list(MAY_IMPORT)
+    for name, allowed in MAY_IMPORT.items():
+        above = {f"treerpo_trl.{other}" for other in order[: order.index(name)]}
+        assert {module for module in allowed if module.startswith("treerpo_trl")} <= above
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_every_file_says_what_it_is_for_and_keeps_to_one_purpose(path):
+    source = path.read_text()
+    docstring = ast.get_docstring(ast.parse(source))
+    assert docstring and docstring.splitlines()[0].strip()
+    limit = 400 if path.name == "treerpo_trainer.py" else 300
+    assert len(source.splitlines()) <= limit
+
+
+def test_the_public_names():
+    import treerpo_trl
+
+    assert sorted(treerpo_trl.__all__) == ["Node", "Tree", "TreeRPOConfig", "TreeRPOTrainer"]

@@ -1,0 +1,129 @@
+"""What we rest on in TRL. When an upgrade breaks something, it should fail here first and say what moved."""
+
+import inspect
+import re
+
+import torch
+from conftest import make_tokenizer, spread_reward
+from trl import GRPOConfig, GRPOTrainer
+
+from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
+from treerpo_trl.treerpo_config import LOSS_TYPES
+
+
+SEAMS = {
+    "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+    "_generate_and_score_completions": ["inputs"],
+    "_prepare_inputs": ["generation_batch"],
+    "_compute_loss": ["model", "inputs"],
+    "_tokenize_prompts": ["prompts"],
+    "get_high_entropy_mask": ["entropies", "mask", "threshold"],
+}
+ATTRIBUTES = [
+    "generation_config", "generation_kwargs", "eos_token_ids", "num_generations", "max_completion_length",
+    "_tokenizer", "_dist", "_logs", "_metrics", "_step", "_buffered_inputs", "reward_funcs", "reward_weights", "model_wrapped",
+]  # fmt: skip
+
+
+def test_the_seams_have_their_signatures():
+    for name, expected in SEAMS.items():
+        method = getattr(GRPOTrainer, name, None)
+        assert method is not None, f"GRPOTrainer.{name} is gone; the trainer overrides or calls it"
+        parameters = [parameter for parameter in inspect.signature(method).parameters if parameter != "self"]
+        assert parameters == expected, f"GRPOTrainer.{name} now takes {parameters}"
+
+
+def test_the_forward_seam_begins_as_expected():
+    parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    expected = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"]
+    assert parameters[: len(expected)] == expected, f"it now takes {parameters}"
+
+
+def test_the_constructor_is_grpos():
+    ours = inspect.signature(TreeRPOTrainer).parameters
+    theirs = inspect.signature(GRPOTrainer).parameters
+    assert list(ours) == list(theirs), "TreeRPOTrainer must take what GRPOTrainer takes"
+    assert [parameter.default for parameter in ours.values()] == [parameter.default for parameter in theirs.values()]
+
+
+def test_every_loss_type_is_known():
+    """A new loss type upstream must be looked at: does it average over rows?"""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    conditions = re.findall(r"self\.loss_type (?:==|in) (\[[^\]]*\]|\"\w+\")", source)
+    names = {name for condition in conditions for name in re.findall(r"\"(\w+)\"", condition)}
+    assert names == {*LOSS_TYPES, "grpo", "sapo", "luspo", "vespo"}
+
+
+def test_the_attributes_are_there(model, make_args, dataset, tokenizer):
+    trainer = TreeRPOTrainer(model, spread_reward, make_args(), train_dataset=dataset, processing_class=tokenizer)
+    for name in ATTRIBUTES:
+        assert hasattr(trainer, name), f"GRPOTrainer no longer has {name}"
+    assert "advantages" in trainer._logs
+
+
+def test_the_loss_takes_token_advantages_and_a_float_mask(model, tmp_path, dataset, tokenizer):
+    """(B, T) advantages, and weights in `tool_mask`: the loss is linear in their product, token by token."""
+    args = GRPOConfig(
+        str(tmp_path), num_generations=4, per_device_train_batch_size=4, max_completion_length=5, bf16=False,
+        report_to="none", gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = GRPOTrainer(model, spread_reward, args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps = 1
+    torch.manual_seed(0)
+    completion_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    advantages, weights = torch.randn(2, 5), torch.rand(2, 5)
+    inputs = {
+        "prompt_ids": torch.tensor([[5, 6], [7, 8]]),
+        "prompt_mask": torch.ones(2, 2, dtype=torch.long),
+        "completion_ids": torch.randint(2, 9, (2, 5)),
+        "completion_mask": completion_mask,
+        "advantages": advantages,
+        "tool_mask": weights,
+        "num_items_in_batch": (weights * completion_mask).sum(),
+    }
+    loss = trainer._compute_loss(trainer.model, inputs)
+    expected = -(advantages * weights * completion_mask).sum() / (weights * completion_mask).sum()
+    assert torch.allclose(loss, expected, atol=1e-6)
+
+
+def test_generation_rows_are_grouped_by_prompt(model, make_args, dataset, tokenizer):
+    """The rows of a prompt come together and `_prepare_inputs` is given a whole generation batch."""
+    seen = []
+
+    class Spy(TreeRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            seen.append([row["answer"] for row in inputs])
+            return super()._generate_and_score_completions(inputs)
+
+    args = make_args(per_device_train_batch_size=4, gradient_accumulation_steps=4, max_steps=1)
+    Spy(model, spread_reward, args, train_dataset=dataset, processing_class=make_tokenizer()).train()
+    (answers,) = seen
+    assert len(answers) == 16 and answers == [answers[0]] * 8 + [answers[8]] * 8
+
+
+def test_micro_batches_hold_neighbouring_rows(model, make_args, dataset, tokenizer):
+    """Depth-first neighbours stay together: only whole micro-batches are shuffled."""
+    seen = []
+
+    class Spy(TreeRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            seen.append(inputs["row"].tolist())
+            return super()._compute_loss(model, inputs)
+
+    args = make_args(per_device_train_batch_size=4, gradient_accumulation_steps=8, max_steps=3, seed=1)
+    Spy(model, spread_reward, args, train_dataset=dataset, processing_class=make_tokenizer()).train()
+    assert len(seen) == 24
+    for step in range(3):
+        rows = seen[8 * step : 8 * (step + 1)]
+        assert all(row == list(range(row[0], row[0] + 4)) and row[0] % 4 == 0 for row in rows)
+        assert sorted(row[0] for row in rows) == list(range(0, 32, 4))
+    assert any(seen[8 * step : 8 * (step + 1)] != sorted(seen[8 * step : 8 * (step + 1)]) for step in range(3))
+
+
+def test_the_configuration_class_extends_grpos():
+    assert issubclass(TreeRPOConfig, GRPOConfig)
+    changed = {"num_generations", "max_completion_length"}
+    for name, field in GRPOConfig.__dataclass_fields__.items():
+        ours = TreeRPOConfig.__dataclass_fields__[name]
+        assert name in changed or ours.default == field.default, f"{name} differs from TRL's default"
