@@ -22,7 +22,8 @@ SEAMS = {
 }
 ATTRIBUTES = [
     "generation_config", "generation_kwargs", "eos_token_ids", "num_generations", "max_completion_length",
-    "_tokenizer", "_dist", "_logs", "_metrics", "_step", "_buffered_inputs", "reward_funcs", "reward_weights", "model_wrapped",
+    "_tokenizer", "_dist", "_logs", "_metrics", "_step", "_buffered_inputs", "reward_funcs", "reward_weights",
+    "model_wrapped",
 ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from .sampling import TreeShape, grow
 from .scoring import DistinctRows, score_once
 from .tree import Tree
 from .treerpo_config import TreeRPOConfig
-from .validation import check_arguments, check_dataset, check_prompt_lengths, check_prompts_fit
+from .validation import check_arguments, check_dataset, check_processing_class, check_prompt_lengths, check_prompts_fit
 
 
 class TreeRPOTrainer(GRPOTrainer):
@@ -129,6 +129,7 @@ class TreeRPOTrainer(GRPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        check_processing_class(self.processing_class)
         config: Any = args  # whose optional fields are all resolved
         self.tree_shape = TreeShape(
             tuple(config.branching_factor), config.segment_length, config.max_completion_length

@@ -34,6 +34,11 @@ def check_arguments(args: Any, processing_class: Any, tools: Any, rollout_func: 
                 f"{name}={value!r} is not supported by TreeRPOTrainer: a tree branches in the middle of a completion, "
                 f"which a tool call or an environment cannot follow yet. Remove {name}, or use trl.GRPOTrainer"
             )
+    check_processing_class(processing_class)
+
+
+def check_processing_class(processing_class: Any) -> None:
+    """Refuse a multimodal processor, given or loaded with the model."""
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             f"processing_class is a {type(processing_class).__name__}, but TreeRPOTrainer does not support images "

@@ -1,0 +1,263 @@
+"""examples/train.py trains on MATH rows, resumes, and explains mistakes; its recipe is the paper's setting."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from treerpo_trl import TreeRPOConfig
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import train
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("TREERPO_DATA", ROOT.parent / "shared" / "data"))
+RECIPE = ROOT / "examples" / "recipes" / "treerpo_qwen2.5_math_1.5b.yaml"
+# A reward that a random model does not always miss, as it does accuracy_reward.
+MY_REWARDS = '''"""A reward of 0 or 1."""
+
+
+def parity_reward(completions, **kwargs):
+    return [float(sum(map(ord, completion[0]["content"])) % 2) for completion in completions]
+'''
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# A run on a CPU in seconds.
+RUN = {
+    "reward_funcs": ["accuracy_reward", "my_rewards.parity_reward"],
+    "reward_weights": [0.5, 0.5],
+    "dataset_prompt_column": "prompt",
+    "dataset_solution_column": "reward_model.ground_truth",
+    "max_prompt_length": 200,
+    "branching_factor": [2, 2],
+    "segment_length": 8,
+    "per_device_train_batch_size": 8,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, so that nothing of a problem's text is lost."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    """A tiny random Llama: its config names no tokenizer class, so AutoTokenizer loads the one that was saved."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    path = tmp_path_factory.mktemp("tiny-llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def math_rows() -> Dataset:
+    """Rows of the MATH training data with prompts of all lengths."""
+    if not (DATA / "math_train.parquet").exists():
+        pytest.skip(f"no math_train.parquet in {DATA}; set TREERPO_DATA to the folder that holds it")
+    rows = Dataset.from_parquet(str(DATA / "math_train.parquet"))
+    lengths = [len(prompt[-1]["content"].encode()) for prompt in rows["prompt"]]
+    by_length = sorted(range(len(rows)), key=lengths.__getitem__)
+    return rows.select(by_length[:40] + by_length[-2:])
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A folder to run in, with a module of rewards and a cache of its own."""
+    (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+def parse_args(*args: str):
+    return train.make_parser().parse_args_and_config(list(args))
+
+
+def run_in_process(config: dict, *args: str) -> None:
+    """What the command line does, without the seconds that a new process takes to import everything."""
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    train.main(*parse_args("--config", "run.yaml", *args))
+
+
+def log_history(checkpoint: Path) -> list[dict]:
+    return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+
+
+def test_tokenizer_survives_save_and_load(model_path, math_rows):
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    for prompt in math_rows["prompt"]:
+        text = prompt[-1]["content"]
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_trains_on_math_by_accelerate_launch(workplace, model_path, math_rows):
+    """A YAML file with command-line overrides, from a local parquet file to a model that loads again."""
+    math_rows.to_parquet(workplace / "math.parquet")
+    (workplace / "run.yaml").write_text(yaml.safe_dump({**RUN, "max_steps": 7, "dataset_name": "missing.parquet"}))
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / "single_cpu.yaml"), str(ROOT / "examples/train.py")]
+    command += ["--config", "run.yaml", "--dataset_name", "math.parquet", "--max_steps", "2"]
+    command += ["--model_name_or_path", model_path, "--output_dir", "out"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(workplace / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Left out 2 of 42 rows" in result.stdout
+    assert "Training completed" in result.stdout
+
+    before = AutoModelForCausalLM.from_pretrained(model_path).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(workplace / "out").state_dict()
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    steps = [entry for entry in log_history(workplace / "out" / "checkpoint-2") if "tree/nodes" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2]
+    for entry in steps:
+        assert 2 <= entry["tree/leaves"] <= 4
+        assert 0 < entry["tree/kept_groups"] <= 1
+        assert "rewards/accuracy_reward/mean" in entry and "rewards/parity_reward/mean" in entry
+
+
+def test_trains_lora_and_resumes(workplace, model_path, math_rows):
+    """LoRA flags save an adapter that peft loads; a run goes on from a checkpoint."""
+    math_rows.to_parquet(workplace / "math.parquet")
+    config = {**RUN, "dataset_name": "math.parquet", "model_name_or_path": model_path, "output_dir": "out"}
+    lora = ["--use_peft", "--lora_r", "4", "--lora_alpha", "8", "--lora_target_modules", "q_proj", "v_proj"]
+    run_in_process(config, *lora)
+    before = log_history(workplace / "out" / "checkpoint-2")
+    run_in_process(config, *lora, "--max_steps", "4", "--resume_from_checkpoint", "out/checkpoint-2")
+
+    history = log_history(workplace / "out" / "checkpoint-4")
+    assert history[:2] == before  # with its timings: a run from the start would have others
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4]
+    model = AutoPeftModelForCausalLM.from_pretrained(workplace / "out")
+    assert model.peft_config["default"].r == 4
+    adapter = {name: weight for name, weight in model.state_dict().items() if "lora_B" in name}
+    assert len(adapter) == 4  # two layers, two projections; lora_B starts at zero
+    assert all(weight.abs().max() > 0 for weight in adapter.values())
+
+
+def test_recipe_runs_on_rows_like_the_hubs(workplace, model_path, math_rows):
+    """The recipe, made small, on a folder with the columns of its dataset: problems and worked solutions."""
+    rows = Dataset.from_dict(
+        {
+            "problem": [prompt[-1]["content"] for prompt in math_rows["prompt"]],
+            "solution": [info["ground_truth_cot"] for info in math_rows["extra_info"]],
+        }
+    )
+    rows.to_parquet("MATH/train.parquet")
+    rows.select(range(2)).to_parquet("MATH/test.parquet")
+    small = ["--dataset_name", "MATH", "--model_name_or_path", model_path, "--max_prompt_length", "200"]
+    small += ["--branching_factor", "2", "--max_depth", "2", "--segment_length", "8"]
+    small += ["--per_device_train_batch_size", "4", "--steps_per_generation", "2"]
+    small += ["--gradient_accumulation_steps", "1", "--max_steps", "2", "--use_cpu", "--bf16", "false"]
+    small += ["--eval_strategy", "steps", "--eval_steps", "2", "--num_generations_eval", "1"]
+    small += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--disable_tqdm", "true"]
+    train.main(*parse_args("--config", str(RECIPE), "--output_dir", "out", *small))
+    history = log_history(workplace / "out" / "checkpoint-2")
+    name = "rewards/accuracy_reward/mean"
+    assert [entry[name] for entry in history if name in entry] == [0.0]  # one generation for the two updates
+    assert [entry["eval_reward"] for entry in history if "eval_reward" in entry] == [0.0]
+
+
+def test_recipe_is_the_papers_setting():
+    """Every field of the parsed recipe equals the preset's."""
+    _, parsed, model_args = parse_args("--config", str(RECIPE), "--use_cpu")
+    preset = TreeRPOConfig.paper(parsed.output_dir, bf16=True, use_cpu=True)
+    for field in dataclasses.fields(TreeRPOConfig):
+        if field.init:
+            assert getattr(parsed, field.name) == getattr(preset, field.name), field.name
+    assert model_args.model_name_or_path == "Qwen/Qwen2.5-Math-1.5B"
+
+
+def test_recipe_names_data_options():
+    script_args, _, model_args = parse_args("--config", str(RECIPE), "--use_cpu")
+    assert script_args.max_prompt_length == 512
+    assert script_args.reward_funcs == ["accuracy_reward"]
+    assert script_args.system_prompt.endswith(r"\boxed{}.")
+    assert (model_args.dtype, model_args.use_peft) == ("float32", False)
+
+
+def test_help_shows_the_tree_options(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_args("--help")
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("branching_factor", "segment_length", "advantage_estimator", "reward_funcs", "max_prompt_length"):
+        assert f"--{option}" in text
+
+
+def test_remote_code_is_off_by_default():
+    _, training_args, _ = parse_args("--output_dir", "out", "--use_cpu")
+    assert training_args.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [
+        ("acuracy_reward", ["no reward function 'acuracy_reward'", "accuracy_reward, reasoning_accuracy_reward"]),
+        ("no_such_module.reward", ["'no_such_module' cannot be imported", "accuracy_reward"]),
+        ("my_rewards.parity", ["has no function 'parity'", "it has parity_reward"]),
+        ("my_rewards.", ["has no function ''"]),
+        ("..reward", ["cannot be imported"]),
+    ],
+)
+def test_bad_reward_is_named_before_anything_is_loaded(workplace, name, messages):
+    args = ["--output_dir", "out", "--use_cpu", "--reward_funcs", name]
+    with pytest.raises(ValueError) as error:
+        train.main(*parse_args(*args, "--dataset_name", "missing.parquet", "--model_name_or_path", "no/such-model"))
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_no_reward_lists_the_choices():
+    with pytest.raises(ValueError, match=r"No reward is given.*think_format_reward"):
+        train.main(*parse_args("--output_dir", "out", "--use_cpu"))
