@@ -343,6 +343,13 @@ def test_a_prompt_longer_than_the_model_allows_is_refused_in_a_stream(model, mak
         trainer.train()
 
 
+def test_completions_that_fill_the_context_are_refused(model, make_args, dataset):
+    with pytest.raises(ValueError, match=r"max_completion_length=150 leaves no room .* context of 128 tokens"):
+        TreeRPOTrainer(
+            model, coin_reward, make_args(segment_length=50), train_dataset=dataset, processing_class=make_tokenizer()
+        )
+
+
 def test_an_empty_prompt_is_refused(model, make_args):
     rows = Dataset.from_dict({"prompt": ["1=", ""]})
     with pytest.raises(ValueError, match="has no tokens; remove empty prompts"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
 
 from .treerpo_config import TreeRPOConfig
@@ -54,7 +54,7 @@ def check_dataset(dataset: Any, prompts_per_batch: int) -> None:
     """
     if dataset is None:
         raise ValueError("train_dataset is None; pass a dataset with a 'prompt' column")
-    columns = getattr(dataset, "column_names", None)
+    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
     if isinstance(dataset, Dataset) and len(dataset) < prompts_per_batch:
         raise ValueError(
             f"train_dataset has {len(dataset)} rows, but one generation batch takes {prompts_per_batch} prompts "
@@ -82,7 +82,15 @@ def check_prompts_fit(
 
     A tokenizer makes at most one token of a byte, so a prompt of few bytes need not be tokenized. Streams are checked
     batch by batch while they train.
+
+    Raises:
+        ValueError: A prompt does not fit, or none could: the completion alone fills the context.
     """
+    if max_prompt_length is not None and max_prompt_length < 1:
+        raise ValueError(
+            f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's context of "
+            f"{max_prompt_length + max_completion_length} tokens; lower segment_length or max_depth"
+        )
     if not isinstance(dataset, Dataset):
         return
     for prompt in dataset["prompt"]:
