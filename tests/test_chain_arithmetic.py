@@ -1,0 +1,127 @@
+"""The example task: right problems, a fair verifier, disjoint splits, a lossless tokenizer, a usable base model."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from treerpo_trl.evaluation import evaluate
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import chain_arithmetic as task
+
+
+def answer_by_plain_python(prompt: str) -> int:
+    """The answer by Python's own arithmetic: the chain with a bracket and a modulo around every step."""
+    expression, pending = "", ""
+    for character in prompt.removesuffix("?\n"):
+        if character in "+-*":
+            expression, pending = f"(({expression}{pending})%100){character}", ""
+        else:
+            pending += character
+    return eval(f"({expression}{pending})%100")
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_answers_agree_with_python(held_out):
+    for row in task.make_dataset(300, seed=3, held_out=held_out):
+        assert int(row["answer"]) == answer_by_plain_python(row["prompt"])
+
+
+def test_known_solution():
+    solution, answer = task.solve(3, [("*", 9), ("-", 5), ("+", 6)], random.Random(0))
+    assert solution == "3*9=27\n27-5=22\n22+6=28\n#28"
+    assert answer == 28
+
+
+def test_negative_results_wrap_around():
+    assert task.apply_operation(3, ("-", 5)) == 98
+
+
+def test_unknown_operation_is_named():
+    with pytest.raises(ValueError, match="'/'"):
+        task.apply_operation(8, ("/", 2))
+
+
+def test_splits_are_disjoint_whatever_the_seed():
+    train = set(task.make_dataset(3000, seed=0)["prompt"]) | set(task.make_demonstrations([0.0] * 3000, 1)["prompt"])
+    held_out = set(task.make_dataset(1000, seed=0, held_out=True)["prompt"])
+    assert len(held_out) == 1000
+    assert not train & held_out
+
+
+def test_same_seed_same_problems():
+    assert task.make_dataset(20, seed=5)[:] == task.make_dataset(20, seed=5)[:]
+    assert task.make_dataset(20, seed=5)[:] != task.make_dataset(20, seed=6)[:]
+
+
+def test_clean_demonstrations_are_right_and_slips_are_mostly_wrong():
+    demonstrations = task.make_demonstrations([0.0] * 200 + [1.0] * 200, seed=0)
+    answers = [str(answer_by_plain_python(prompt)) for prompt in demonstrations["prompt"]]
+    rewards = task.correctness_reward(demonstrations["completion"], answers)
+    assert sum(rewards[:200]) == 200
+    assert sum(rewards[200:]) < 20
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("3*9=27\n#27", 1.0),
+        ("#27", 1.0),
+        ("3*9=28\n#28", 0.0),
+        ("3*9=27\n#27\n", 0.0),
+        ("3*9=27\n#27#27", 0.0),
+        ("3*9=27\n#2", 0.0),
+        ("3*9=27", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_verifier_wants_exactly_the_final_answer(completion, reward):
+    assert task.correctness_reward([completion], ["27"], prompts=["3*9?\n"]) == [reward]
+
+
+def test_longest_solution_fits():
+    tokenizer = task.make_tokenizer()
+    for seed in range(3):
+        for row in task.make_demonstrations([0.0] * 300, seed):
+            assert len(tokenizer(row["completion"])["input_ids"]) + 1 <= task.MAX_SOLUTION_TOKENS
+
+
+def test_tokenizer_round_trip_through_save_and_load(tmp_path):
+    tokenizer = task.make_tokenizer()
+    task.make_model(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = "3*9-5?\n3*9=27\n27-5=22\n#22" + task.CHARACTERS
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text)
+    # With the model's config beside it, as AutoTokenizer may choose a class by model type.
+    for loaded in (AutoTokenizer.from_pretrained(tmp_path), type(tokenizer).from_pretrained(tmp_path)):
+        assert loaded(text)["input_ids"] == ids
+        assert loaded.decode(ids) == text
+        assert loaded.decode([*ids, loaded.eos_token_id], skip_special_tokens=True) == text
+        assert (loaded.pad_token_id, loaded.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+
+def test_unknown_character_is_an_error_and_not_lost():
+    with pytest.raises(Exception, match="UNK"):
+        task.make_tokenizer()("3 * 9")
+
+
+def test_shipped_base_model_is_small():
+    assert sum(file.stat().st_size for file in task.BASE_MODEL_DIR.rglob("*")) < 4_000_000
+
+
+def test_shipped_base_model_knows_the_task_but_slips():
+    tokenizer = AutoTokenizer.from_pretrained(task.BASE_MODEL_DIR)
+    model = AutoModelForCausalLM.from_pretrained(task.BASE_MODEL_DIR)
+    problems = task.make_dataset(64, seed=2, held_out=True)
+    options = {"max_new_tokens": task.MAX_SOLUTION_TOKENS, "batch_size": 256, "progress_bar": False}
+    greedy = evaluate(model, tokenizer, problems, task.correctness_reward, temperature=0, **options)
+    sampled = evaluate(model, tokenizer, problems, task.correctness_reward, num_samples=4, **options)
+    assert greedy.pass_at_1 > 0.7
+    assert 0.15 < sampled.pass_at_1 < 0.45
+    assert greedy.truncated < 0.1
