@@ -17,6 +17,7 @@ from transformers import (
 
 from treerpo_trl.backends import TransformersBackend
 from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.tree import ROOT, Tree
 
 
 SIZES = {
@@ -115,6 +116,23 @@ def test_never_more_rows_than_allowed(model, max_rows):
     )
     grow_trees(model, SHAPE, do_sample=True, max_rows=max_rows)
     assert max(sizes) <= max_rows
+
+
+def test_rows_that_ended_are_let_go(model):
+    """Caches of finished branches must not stay in memory behind the views of the others."""
+    backend = make_backend(model, do_sample=True, temperature=2.0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        tree = Tree.from_prompt(PROMPTS[0])
+        (segments,) = backend.extend([tree], [(0, ROOT)], 16, 6, is_last=False)
+    alive = sum(not segment.ended for segment in segments)
+    assert 0 < alive < 16
+    (block, _), *_ = backend._places.values()
+    stored = [
+        tensor.untyped_storage().nbytes() for layer in block.cache.layers for tensor in (layer.keys, layer.values)
+    ]
+    row = 2 * 8 * 4 * (len(PROMPTS[0]) + 6 - 1)  # heads x size x bytes x positions
+    assert stored == [alive * row] * 4
 
 
 def test_pad_that_equals_eos_ends_segments_once(model):

@@ -3,7 +3,7 @@
 import pytest
 from trl import TrlParser
 
-from treerpo_trl import TreeRPOConfig
+from treerpo_trl import TreeRPOConfig, rows, treerpo_config
 
 
 def make(**options) -> TreeRPOConfig:
@@ -82,6 +82,10 @@ def test_a_resolved_configuration_resolves_to_itself():
 def test_inconsistent_configurations_name_the_values_and_the_fix(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_every_allowed_loss_weighting_exists():
+    assert tuple(rows.LOSS_WEIGHTINGS) == treerpo_config.LOSS_WEIGHTINGS
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "cispo", "dr_grpo"])

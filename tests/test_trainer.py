@@ -191,6 +191,12 @@ def test_training_options(model, make_args, dataset, options):
     train(model, make_args(**{"max_steps": 2, **options}), dataset)
 
 
+def test_gradient_checkpointing_does_not_stop_the_forking_of_caches(model, make_args, dataset):
+    """Trainers turn the cache off for training; sampling must still have it."""
+    trainer = train(model, make_args(gradient_checkpointing=True), dataset)
+    assert trainer._can_fork_caches
+
+
 def test_old_log_probabilities_are_kept_when_updates_lag(model, make_args, dataset):
     """steps_per_generation above the accumulation steps: the second half is trained off policy."""
     batches = []

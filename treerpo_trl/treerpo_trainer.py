@@ -55,7 +55,13 @@ class TreeRPOTrainer(GRPOTrainer):
     >>> trainer = TreeRPOTrainer(
     ...     model="Qwen/Qwen2.5-0.5B-Instruct",
     ...     reward_funcs=accuracy_reward,
-    ...     args=TreeRPOConfig("Qwen2.5-0.5B-TreeRPO", branching_factor=4, max_depth=2, segment_length=256),
+    ...     args=TreeRPOConfig(
+    ...         "Qwen2.5-0.5B-TreeRPO",
+    ...         branching_factor=4,
+    ...         max_depth=2,
+    ...         segment_length=256,
+    ...         per_device_train_batch_size=16,
+    ...     ),
     ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     ... )
     >>> trainer.train()
@@ -136,6 +142,7 @@ class TreeRPOTrainer(GRPOTrainer):
         )
         self.last_trees: list[ScoredTree] = []
         self._trees: list[Tree] = []
+        self._can_fork_caches = True
         self._rewards_per_func = torch.empty(0)
         text_config = self.model.config.get_text_config()
         self._max_prompt_length = getattr(text_config, "max_position_embeddings", None)
@@ -168,8 +175,10 @@ class TreeRPOTrainer(GRPOTrainer):
                 pad_token_id=self._tokenizer.pad_token_id,
                 max_rows=self.args.max_frontier_rows,
                 tokenizer=self._tokenizer,
+                fork_caches=self._can_fork_caches,
             )
             self._trees = grow(prompts, self.tree_shape, backend)
+            self._can_fork_caches = backend.fork_caches
         completion_ids = [
             tree.completion_ids(leaf) for tree in self._trees for leaf in slots(tree, self.tree_shape.branching)
         ]
