@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "backends": {"treerpo_trl.tree", "torch", "transformers"},
     "rows": {"treerpo_trl.tree", "torch"},
     "scoring": {"torch", "trl"},
+    "prefix_sharing": {"torch", "transformers"},
     "metrics": {"treerpo_trl.tree", "treerpo_trl.credit"},
     "views": {"treerpo_trl.tree", "treerpo_trl.credit", "rich"},
     "evaluation": {"torch", "tqdm", "transformers", "trl"},

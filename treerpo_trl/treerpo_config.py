@@ -14,8 +14,10 @@ from .credit import ESTIMATORS
 
 if TYPE_CHECKING:
     Branching = int | Sequence[int]
-else:
-    Branching = list[int]  # what the command line parses: one number or several
+    Sharing = bool | str
+else:  # what the command line parses
+    Branching = list[int]
+    Sharing = str
 
 DEFAULT_MAX_DEPTH = 3
 DEFAULT_SEGMENT_LENGTH = 128
@@ -63,6 +65,10 @@ class TreeRPOConfig(GRPOConfig):
             the mean over a node's tokens (eq. 5 as printed).
         max_frontier_rows (`int`, *optional*, defaults to `256`):
             Most branches decoded at a time. It bounds the memory that sampling takes.
+        prefix_sharing (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
+            Whether the training forward computes each distinct token of a micro-batch once, instead of row by row. The
+            log-probabilities and gradients are those of dense rows. `"auto"` shares if the model can and warns with
+            the reason if not; `True` makes that an error; `False` computes dense rows.
         num_generations (`int`, *optional*):
             Leaves of the complete tree, N_1 x .. x N_D: the rows a prompt takes in the batch. Derived; if given, it is
             checked.
@@ -116,6 +122,13 @@ class TreeRPOConfig(GRPOConfig):
         default=256,
         metadata={"help": "Most branches decoded at a time. It bounds the memory that sampling takes."},
     )
+    prefix_sharing: Sharing = field(
+        default="auto",
+        metadata={
+            "help": "Whether the training forward computes each distinct token of a micro-batch once: 'auto' (if the "
+            "model can, else a warning), 'true' (else an error) or 'false' (dense rows)."
+        },
+    )
     num_generations: int | None = field(
         default=None,
         metadata={"help": "Leaves of the complete tree. Derived from the tree; if given, it is checked."},
@@ -130,6 +143,7 @@ class TreeRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._derive_tree()
+        self.prefix_sharing = {"true": True, "false": False}.get(str(self.prefix_sharing).lower(), self.prefix_sharing)
         self._refuse_unsupported()
         if self.generation_batch_size is None:
             self._check_trees_fit(self.steps_per_generation or self.gradient_accumulation_steps)
@@ -224,6 +238,7 @@ class TreeRPOConfig(GRPOConfig):
         rules: list[tuple[str, Sequence[Any], str]] = [
             ("advantage_estimator", tuple(ESTIMATORS), "choose one of these"),
             ("loss_weighting", LOSS_WEIGHTINGS, "choose one of these"),
+            ("prefix_sharing", ("auto", True, False), "choose one of these"),
             (
                 "loss_type",
                 LOSS_TYPES,

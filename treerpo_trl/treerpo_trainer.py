@@ -25,6 +25,7 @@ from trl.trainer.utils import get_config_model_id
 from .backends import TransformersBackend
 from .credit import ScoredTree, assign
 from .metrics import tree_metrics
+from .prefix_sharing import PrefixSharing
 from .rows import LOSS_WEIGHTINGS, lay_out, project, slots
 from .sampling import TreeShape, grow
 from .scoring import DistinctRows, score_once
@@ -148,6 +149,9 @@ class TreeRPOTrainer(GRPOTrainer):
         self._max_prompt_length = getattr(text_config, "max_position_embeddings", None)
         if self._max_prompt_length is not None:
             self._max_prompt_length -= config.max_completion_length
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        self._prefix_sharing = PrefixSharing(args.prefix_sharing, models, self.accelerator)
+        self._loss_inputs: dict[str, Any] | None = None
         check_prompts_fit(train_dataset, self._tokenize_prompts, self._max_prompt_length, config.max_completion_length)
 
     def _generate_single_turn(
@@ -286,6 +290,40 @@ class TreeRPOTrainer(GRPOTrainer):
             self._buffered_inputs = _shuffle_micro_batches(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Compute the prefixes that rows share once and, for the loss, only what carries loss."""
+        if not self._prefix_sharing.can_share(model, input_ids):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
+                **multimodal,
+            )  # fmt: skip
+        needed, missing = attention_mask[:, -logits_to_keep:] > 0, None
+        if (inputs := self._loss_inputs) is not None:
+            needed = needed & (inputs.get("tool_mask", needed) > 0)
+            missing = inputs.get("old_per_token_logps")  # what is not computed has the ratio 1
+        return self._prefix_sharing.forward(
+            model, input_ids, attention_mask, needed, missing, batch_size or len(input_ids), compute_entropy,
+            compute_aux_loss,
+        )  # fmt: skip
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Upstream's loss; its forward pass learns here which tokens it is for."""
+        self._loss_inputs = inputs
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._loss_inputs = None
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """As upstream, on whether a token counts rather than how much (`loss_weighting='node'` weighs tokens)."""

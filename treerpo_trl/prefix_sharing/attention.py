@@ -1,0 +1,203 @@
+"""The attention function of packed rows: each segment's queries against the keys and values of its own path.
+
+It stands in for a model's attention implementation and hands everything on to it that carries no layout, so
+generation and dense rows are untouched. The layout travels as a keyword argument, because gradient checkpointing runs
+layers again in the backward pass, when any context manager has closed.
+
+Legend: H heads, G key-value heads, S packed tokens, R segments of a group, Q queries, K keys, E size of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .packing import Group, TreeLayout
+
+
+PREFIX = "prefix_sharing_"
+# A mask of four dimensions is passed on as it is, so transformers builds none of S x S.
+NO_MASK_SHAPE = (1, 1, 1, 1)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Put the attention function in front of the model's own implementation. Installing twice does nothing."""
+    original = model.config._attn_implementation
+    if original.startswith(PREFIX):
+        return
+    name = PREFIX + original
+    AttentionInterface.register(name, _make_attention(original))
+    AttentionMaskInterface.register(name, _make_mask(original))
+    model.set_attn_implementation(name)
+
+
+_masks_wanted = ContextVar("masks_wanted", default=True)
+
+
+@contextmanager
+def without_masks() -> Iterator[None]:
+    """Let models make no masks. Masks are made before the layers run, so nothing asks again in the backward pass."""
+    token = _masks_wanted.set(False)
+    try:
+        yield
+    finally:
+        _masks_wanted.reset(token)
+
+
+def _make_mask(original: str) -> Callable[..., Any]:
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs) if _masks_wanted.get() else None
+
+    return mask
+
+
+def _make_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        tree_layout: TreeLayout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if tree_layout is None:
+            return _own_attention(module, original)(module, query, key, value, attention_mask, **kwargs)
+        return tree_attention(module, query, key, value, tree_layout, **kwargs), None
+
+    return attention
+
+
+def _own_attention(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if name == "eager":  # each modeling file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of packed rows.
+
+    Args:
+        module: The layer, for its configuration.
+        query: (1, H, S, E).
+        key: (1, G, S, E), H a multiple of G.
+        value: (1, G, S, E).
+        layout: Which positions attend to which.
+        scaling: Factor of the scores; 1 / sqrt(E) by default.
+        dropout: Probability with which attention weights are dropped.
+        sliding_window: Positions, its own included, that a token looks back.
+        softcap: Bound of the scores, scaled by tanh.
+        kwargs: What other implementations take.
+
+    Returns:
+        (1, S, H, E).
+
+    Raises:
+        ValueError: The layer has attention sinks, which this function does not know.
+    """
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks; set prefix_sharing=False")
+    window = _window_of(module, sliding_window)
+    outputs = [
+        _attend(_queries(query, group), _gather(key, group), _gather(value, group), group.mask(window), scaling,
+                dropout, softcap)
+        for group in layout.groups
+    ]  # fmt: skip
+    output_SHE = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    if layout.output_S is not None:
+        output_SHE = output_SHE.index_select(0, layout.output_S)
+    return output_SHE.unsqueeze(0)
+
+
+def _window_of(module: nn.Module, sliding_window: int | None) -> int | None:
+    """The window handed over, or the one the configuration gives this layer, should the model leave it to the mask."""
+    config: Any = module.config
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None or sliding_window is not None:
+        return sliding_window
+    return config.sliding_window if layer_types[module.layer_idx] == "sliding_attention" else None
+
+
+def _queries(query: Tensor, group: Group) -> Tensor:
+    """(R, H, Q, E) queries of a group."""
+    num_segments, num_queries = group.query_RQ.shape
+    if group.first is not None:
+        flat = query[0].narrow(1, group.first, num_segments * num_queries)
+    else:
+        flat = query[0].index_select(1, group.query_RQ.flatten())
+    return flat.unflatten(1, (num_segments, num_queries)).transpose(0, 1)
+
+
+def _gather(states: Tensor, group: Group) -> Tensor:
+    """(R, G, K, E) keys or values of the paths of a group."""
+    gathered: Tensor = _GatherPaths.apply(states[0], group)
+    return gathered.unflatten(1, tuple(group.key_RK.shape)).transpose(0, 1)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    dropout_p: float,
+    softcap: float | None,
+) -> Tensor:
+    """(R * Q, H, E). The heads that share a key head are laid along the queries, so keys are never repeated."""
+    num_segments, num_heads, num_queries, size = query.shape
+    repeats = num_heads // key.size(1)
+    query = query.reshape(num_segments, key.size(1), repeats * num_queries, size)
+    if repeats > 1:
+        mask = mask.repeat(1, 1, repeats, 1)
+    if softcap is None:
+        output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scaling)
+    else:
+        scores = query @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
+        scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
+        output = dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout_p) @ value
+    output = output.reshape(num_segments, num_heads, num_queries, -1)
+    return output.transpose(1, 2).flatten(0, 1)
+
+
+class _GatherPaths(torch.autograd.Function):
+    """(G, S, E) -> (G, R * K, E): the keys or values of every path.
+
+    Its backward pass adds whole runs of positions instead of single ones, which on a CPU is many times faster than
+    what `index_select` does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, group: Group) -> Tensor:
+        ctx.group, ctx.num_positions = group, states.size(1)
+        return states.index_select(1, group.key_RK.flatten())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.new_zeros(grad.size(0), ctx.num_positions, grad.size(2))
+        if grad.device.type == "cpu":
+            for begin, position, length in ctx.group.runs:
+                total.narrow(1, position, length).add_(grad.narrow(1, begin, length))
+        else:
+            total.index_add_(1, ctx.group.key_RK.flatten(), grad)
+        return total, None

@@ -1,0 +1,97 @@
+"""Log-probabilities of rows from one forward pass over their distinct tokens, and the check that it is exact.
+
+Legend: B rows, L columns of a row, T completion columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention import NO_MASK_SHAPE, without_masks
+from .packing import pack_rows
+
+
+class RowOutputs(NamedTuple):
+    """What a forward pass says of rows: (B, T) log-probabilities and entropies, and the load-balancing loss."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    aux_loss: Tensor | None
+
+
+def forward_shared(
+    model: nn.Module,
+    input_ids_BL: Tensor,
+    attention_mask_BL: Tensor,
+    needed_BT: Tensor,
+    missing: Tensor | float = 0.0,
+    is_moe: bool = False,
+    with_aux_loss: bool = False,
+) -> RowOutputs:
+    """Run rows through a model with TRL's fused head, each shared prefix once.
+
+    Args:
+        model: A model prepared by [`install`], wrapped or not.
+        input_ids_BL: (B, L) prompts, left-padded, and completions, right-padded.
+        attention_mask_BL: (B, L) 1 on tokens.
+        needed_BT: (B, T) completion tokens that are asked for.
+        missing: (B, T), or one number: log-probabilities to give to the others.
+        is_moe: Whether the model is a mixture of experts that can return router logits.
+        with_aux_loss: Whether to ask a mixture of experts for its load-balancing loss. All tokens are computed then,
+            each counted as often as it stands in the rows.
+    """
+    packed = pack_rows(input_ids_BL, attention_mask_BL, needed_BT, every_token=with_aux_loss)
+    arguments: dict[str, Any] = {
+        "input_ids": packed.input_ids,
+        "position_ids": packed.position_ids,
+        "shift_labels": packed.labels,
+        "fused_lm_head": True,
+        "tree_layout": packed.layout,
+    }
+    if is_moe:
+        arguments["output_router_logits"] = with_aux_loss
+    if not with_aux_loss:
+        outputs = model(**arguments, attention_mask=torch.zeros(NO_MASK_SHAPE, device=packed.input_ids.device))
+    else:
+        # The loss weighs tokens with the attention mask, so the mask must reach it, but no layer.
+        with without_masks():
+            outputs = model(**arguments, attention_mask=packed.counts.float())
+    entropy = None if outputs.entropy is None else packed.unpack(outputs.entropy)
+    return RowOutputs(packed.unpack(outputs.log_probs, missing), entropy, outputs.aux_loss)
+
+
+def forward_dense(model: nn.Module, input_ids_BL: Tensor, attention_mask_BL: Tensor, width: int) -> Tensor:
+    """(B, T) log-probabilities of the last `width` columns, row by row."""
+    labels = input_ids_BL.masked_fill(attention_mask_BL == 0, -100)
+    labels[:, :-width] = -100
+    outputs = model(input_ids=input_ids_BL, attention_mask=attention_mask_BL, labels=labels, fused_lm_head=True)
+    return outputs.log_probs[:, -width:]
+
+
+def find_difference(model: nn.Module, token_ids: Tensor) -> float:
+    """Largest difference between log-probabilities of shared and dense rows, on a small tree made of given tokens.
+
+    A model that ignores the layout, or mixes positions outside its attention, gives itself away here.
+
+    Args:
+        model: A model prepared by [`install`], in evaluation mode: dropout would differ.
+        token_ids: [N] any tokens the model knows, at least one.
+    """
+    tokens = token_ids.flatten()[torch.arange(24, device=token_ids.device) % token_ids.numel()]
+    rolled = tokens.roll(1)
+    prompt, completions = tokens[:6], [(0, 12, 18), (0, 12, 0), (3, 9, 0)]
+    rows = []
+    for start, middle, end in completions:
+        pieces = [prompt, tokens[start : start + 4], rolled[middle : middle + 4], tokens[end : end + 3]]
+        rows.append(torch.cat(pieces))
+    input_ids = torch.stack(rows)
+    mask = torch.ones_like(input_ids)
+    mask[:, 0] = 0  # one column of left padding
+    with torch.no_grad():
+        width = input_ids.size(1) - len(prompt)
+        dense = forward_dense(model, input_ids, mask, width)
+        shared = forward_shared(model, input_ids, mask, torch.ones_like(dense, dtype=torch.bool)).log_probs
+    return (dense - shared).abs().max().item()
