@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .packing import Group, TreeLayout
+from .packing import Gather, Group, TreeLayout
 
 
 PREFIX = "prefix_sharing_"
@@ -119,15 +119,20 @@ def tree_attention(
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks; set prefix_sharing=False")
     window = _window_of(module, sliding_window)
-    outputs = [
-        _attend(_queries(query, group), _gather(key, group), _gather(value, group), group.mask(window), scaling,
-                dropout, softcap)
-        for group in layout.groups
-    ]  # fmt: skip
-    output_SHE = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    if layout.output_S is not None:
-        output_SHE = output_SHE.index_select(0, layout.output_S)
-    return output_SHE.unsqueeze(0)
+    queries = query[0] if layout.queries is None else _take(query[0], layout.queries)
+    shapes = [group.shape for group in layout.groups]
+    by_group = zip(
+        layout.groups,
+        queries.split([segments * num_queries for segments, num_queries, _ in shapes], dim=1),
+        _take(key[0], layout.keys).split([segments * num_keys for segments, _, num_keys in shapes], dim=1),
+        _take(value[0], layout.keys).split([segments * num_keys for segments, _, num_keys in shapes], dim=1),
+        strict=True,
+    )
+    outputs = [_attend(group, q, k, v, window, scaling, dropout, softcap) for group, q, k, v in by_group]
+    output_HSE = torch.cat(outputs, dim=1)
+    if layout.outputs is not None:
+        output_HSE = _take(output_HSE, layout.outputs)
+    return output_HSE.transpose(0, 1).unsqueeze(0)
 
 
 def _window_of(module: nn.Module, sliding_window: int | None) -> int | None:
@@ -139,37 +144,30 @@ def _window_of(module: nn.Module, sliding_window: int | None) -> int | None:
     return config.sliding_window if layer_types[module.layer_idx] == "sliding_attention" else None
 
 
-def _queries(query: Tensor, group: Group) -> Tensor:
-    """(R, H, Q, E) queries of a group."""
-    num_segments, num_queries = group.query_RQ.shape
-    if group.first is not None:
-        flat = query[0].narrow(1, group.first, num_segments * num_queries)
-    else:
-        flat = query[0].index_select(1, group.query_RQ.flatten())
-    return flat.unflatten(1, (num_segments, num_queries)).transpose(0, 1)
-
-
-def _gather(states: Tensor, group: Group) -> Tensor:
-    """(R, G, K, E) keys or values of the paths of a group."""
-    gathered: Tensor = _GatherPaths.apply(states[0], group)
-    return gathered.unflatten(1, tuple(group.key_RK.shape)).transpose(0, 1)
-
-
 def _attend(
+    group: Group,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    window: int | None,
     scaling: float | None,
     dropout_p: float,
     softcap: float | None,
 ) -> Tensor:
-    """(R * Q, H, E). The heads that share a key head are laid along the queries, so keys are never repeated."""
-    num_segments, num_heads, num_queries, size = query.shape
-    repeats = num_heads // key.size(1)
-    query = query.reshape(num_segments, key.size(1), repeats * num_queries, size)
-    if repeats > 1:
-        mask = mask.repeat(1, 1, repeats, 1)
+    """(H, R * Q, E) from (H, R * Q, E) queries and (G, R * K, E) keys and values."""
+    num_segments, num_queries, num_keys = group.shape
+    num_heads, _, size = query.shape
+    repeats = num_heads // key.size(0)
+    key, value = (states.unflatten(1, (num_segments, num_keys)).transpose(0, 1) for states in (key, value))
+    query = query.unflatten(1, (num_segments, num_queries)).transpose(0, 1)
+    if group.is_plainly_causal and window is None and softcap is None:
+        output = scaled_dot_product_attention(
+            query, key, value, is_causal=True, dropout_p=dropout_p, scale=scaling, enable_gqa=repeats > 1
+        )
+        return output.transpose(0, 1).flatten(1, 2)
+    # Heads that share keys are laid along the queries, so that keys are never repeated.
+    query = query.reshape(num_segments, -1, repeats * num_queries, size)
+    mask = group.mask(window, repeats, query.device)
     if softcap is None:
         output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scaling)
     else:
@@ -177,27 +175,29 @@ def _attend(
         scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
         output = dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout_p) @ value
     output = output.reshape(num_segments, num_heads, num_queries, -1)
-    return output.transpose(1, 2).flatten(0, 1)
+    return output.transpose(0, 1).flatten(1, 2)
 
 
-class _GatherPaths(torch.autograd.Function):
-    """(G, S, E) -> (G, R * K, E): the keys or values of every path.
+def _take(states: Tensor, gather: Gather) -> Tensor:
+    """(X, S, E) -> (X, N, E)."""
+    taken: Tensor = _Take.apply(states, gather)
+    return taken
 
-    Its backward pass adds whole runs of positions instead of single ones, which on a CPU is many times faster than
-    what `index_select` does.
-    """
+
+class _Take(torch.autograd.Function):
+    """`index_select` whose backward pass on a CPU adds whole runs of positions instead of single ones."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, group: Group) -> Tensor:
-        ctx.group, ctx.num_positions = group, states.size(1)
-        return states.index_select(1, group.key_RK.flatten())
+    def forward(ctx: Any, states: Tensor, gather: Gather) -> Tensor:
+        ctx.gather, ctx.num_positions = gather, states.size(1)
+        return states.index_select(1, gather.index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.new_zeros(grad.size(0), ctx.num_positions, grad.size(2))
         if grad.device.type == "cpu":
-            for begin, position, length in ctx.group.runs:
+            for begin, position, length in ctx.gather.runs:
                 total.narrow(1, position, length).add_(grad.narrow(1, begin, length))
         else:
-            total.index_add_(1, ctx.group.key_RK.flatten(), grad)
+            total.index_add_(1, ctx.gather.index, grad)
         return total, None

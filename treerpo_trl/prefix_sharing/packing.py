@@ -21,8 +21,23 @@ from torch import Tensor
 
 
 IGNORED_LABEL = -100
+# Far from every position, so that no run goes on from padding into position 0.
+PADDING = -2
 # Segments are attended to together if padding them to one size costs at most this factor.
 MOST_PADDING = 1.2
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Positions to take from a sequence, most of them in runs of neighbours.
+
+    Args:
+        index: [N] the position each taken one comes from.
+        runs: (first taken, first position, length) of each run. They leave out padding, of which no gradient comes.
+    """
+
+    index: Tensor
+    runs: tuple[tuple[int, int, int], ...]
 
 
 @dataclass
@@ -30,38 +45,48 @@ class Group:
     """Segments that are attended to in one call, padded on the left to Q queries and K keys.
 
     Args:
-        query_RQ: Packed positions of the queries; padding repeats a position of the segment.
-        key_RK: Packed positions of the keys: the segment's own path from its first token on; padding likewise.
         query_lengths: [R] queries of each segment.
-        key_lengths: [R] keys of each segment.
-        runs: (first of key_RK flattened, first packed position, length) of each run of neighbouring keys.
-        first: Packed position from which on the queries of all segments lie in order, or `None` if some are padded.
+        key_lengths: [R] keys of each segment: those of its own path.
     """
 
-    query_RQ: Tensor
-    key_RK: Tensor
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
-    runs: tuple[tuple[int, int, int], ...]
-    first: int | None
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
-    def mask(self, sliding_window: int | None) -> Tensor:
-        """(R or 1, 1, Q, K) which keys a query attends to: those of its path up to itself, in the window."""
-        if sliding_window not in self._masks:
-            self._masks[sliding_window] = self._make_mask(sliding_window)
-        return self._masks[sliding_window]
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """R, Q and K."""
+        return len(self.query_lengths), max(self.query_lengths), max(self.key_lengths)
 
-    def _make_mask(self, sliding_window: int | None) -> Tensor:
-        num_queries, num_keys = self.query_RQ.size(1), self.key_RK.size(1)
-        device = self.query_RQ.device
+    @property
+    def is_even(self) -> bool:
+        """Whether nothing is padded."""
+        return len(set(self.query_lengths)) == len(set(self.key_lengths)) == 1
+
+    @property
+    def is_plainly_causal(self) -> bool:
+        """Whether every segment is a whole row, and none is padded."""
+        return self.is_even and self.query_lengths == self.key_lengths
+
+    def mask(self, sliding_window: int | None, repeats: int, device: torch.device) -> Tensor:
+        """(R or 1, 1, repeats * Q, K) which keys a query attends to: those of its path up to itself, in the window.
+
+        The mask is repeated along the queries for heads that are laid out there.
+        """
+        kind = (sliding_window, repeats)
+        if kind not in self._masks:
+            self._masks[kind] = self._make_mask(sliding_window, device).repeat(1, 1, repeats, 1)
+        return self._masks[kind]
+
+    def _make_mask(self, sliding_window: int | None, device: torch.device) -> Tensor:
+        _, num_queries, num_keys = self.shape
         key_K = torch.arange(num_keys, device=device)
         query_Q = torch.arange(num_keys - num_queries, num_keys, device=device)
         distance_QK = query_Q[:, None] - key_K[None, :]
         allowed_QK = distance_QK >= 0
         if sliding_window is not None:
             allowed_QK &= distance_QK < sliding_window
-        if self.first is not None:
+        if self.is_even:
             return allowed_QK[None, None]
         key_lengths_R = torch.tensor(self.key_lengths, device=device)
         query_lengths_R = torch.tensor(self.query_lengths, device=device)
@@ -78,11 +103,15 @@ class TreeLayout:
 
     Args:
         groups: All segments, in groups.
-        output_S: Position of each packed token in the groups' outputs, one after the other; `None` if in order.
+        queries: Packed position of each query of the groups, one after the other; `None` if they are in order.
+        keys: Packed position of each key of the groups.
+        outputs: Position in the groups' outputs of each packed token; `None` if they are in order.
     """
 
     groups: list[Group]
-    output_S: Tensor | None
+    queries: Gather | None
+    keys: Gather
+    outputs: Gather | None
 
 
 @dataclass
@@ -230,40 +259,37 @@ def _lay_out(
     device: torch.device,
 ) -> TreeLayout:
     groups = []
-    output: list[Tensor] = []
-    position = 0
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
     for rows in grouped:
-        query_lengths = tuple(ends[row] - starts[row] for row in rows)
-        key_lengths = tuple(ends[row] - firsts[row] for row in rows)
-        num_queries, num_keys = max(query_lengths), max(key_lengths)
-        query_RQ = torch.empty(len(rows), num_queries, dtype=torch.long)
-        key_RK = torch.empty(len(rows), num_keys, dtype=torch.long)
-        for index, row in enumerate(rows):
-            own = packed_BL[row, starts[row] : ends[row]]
-            path = packed_BL[row, firsts[row] : ends[row]]
-            query_RQ[index] = own[0]
-            query_RQ[index, num_queries - len(own) :] = own
-            key_RK[index] = path[0]
-            key_RK[index, num_keys - len(path) :] = path
-            output.append(position + torch.arange(num_queries - len(own), num_queries))
-            position += num_queries
-        is_even = len(set(query_lengths)) == len(set(key_lengths)) == 1
-        runs = tuple(_runs(key_RK, key_lengths))
-        first = int(query_RQ[0, 0]) if is_even else None
-        groups.append(Group(query_RQ.to(device), key_RK.to(device), query_lengths, key_lengths, runs, first))
-    in_order = all(group.first is not None for group in groups)
-    return TreeLayout(groups, None if in_order else torch.cat(output).to(device))
+        own = [packed_BL[row, starts[row] : ends[row]] for row in rows]
+        paths = [packed_BL[row, firsts[row] : ends[row]] for row in rows]
+        groups.append(Group(tuple(map(len, own)), tuple(map(len, paths))))
+        _, num_queries, num_keys = groups[-1].shape
+        queries += [_pad(positions, num_queries) for positions in own]
+        keys += [_pad(path, num_keys) for path in paths]
+    is_in_order = all(group.is_even for group in groups)
+    query_positions = torch.cat(queries)
+    return TreeLayout(
+        groups,
+        queries=None if is_in_order else _gather(query_positions, device),
+        keys=_gather(torch.cat(keys), device),
+        outputs=None if is_in_order else _gather((query_positions != PADDING).nonzero().flatten(), device),
+    )
 
 
-def _runs(key_RK: Tensor, key_lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(first in the flattened keys, first packed position, length) of runs of consecutive positions, no padding."""
-    runs = []
-    num_keys = key_RK.size(1)
-    for row, length in enumerate(key_lengths):
-        keys = key_RK[row, num_keys - length :]
-        breaks = ((keys[1:] - keys[:-1]) != 1).nonzero().flatten().tolist()
-        bounds = [0, *(index + 1 for index in breaks), length]
-        offset = row * num_keys + num_keys - length
-        for begin, end in pairwise(bounds):
-            runs.append((offset + begin, int(keys[begin]), end - begin))
-    return runs
+def _pad(positions: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(positions, (length - len(positions), 0), value=PADDING)
+
+
+def _gather(positions: Tensor, device: torch.device) -> Gather:
+    """A run ends where the next position is not the neighbour; padding takes any position and is in no run."""
+    breaks = ((positions[1:] - positions[:-1]) != 1).nonzero().flatten() + 1
+    bounds = [0, *breaks.tolist(), len(positions)]
+    first = positions[torch.tensor(bounds[:-1])].tolist()
+    runs = [
+        (begin, position, end - begin)
+        for (begin, end), position in zip(pairwise(bounds), first, strict=True)
+        if position != PADDING
+    ]
+    return Gather(positions.clamp(min=0).to(device), tuple(runs))
