@@ -3,12 +3,13 @@
 #     "treerpo-trl",
 # ]
 # ///
-"""Benchmark: sampling a tree against sampling as many flat completions, and what our own Python costs of a step.
+"""Benchmark: a training step of TreeRPO against one of GRPO with as many completions of the same length.
 
-    python examples/benchmark_speed.py --shapes 2x2x2x2 4x4x4
+    python examples/benchmark_speed.py --shapes 2x2x2x2 4x4x4 8x8
 
-Everything is timed interleaved in one process, on one random model, with end-of-sequence suppressed so that every
-completion has its full length. The last line printed is JSON.
+Everything is timed interleaved in one process, on random models, on CUDA if there is one. End-of-sequence is
+suppressed and no group is pruned, so that every completion has its full length and every token is trained. The last
+line printed is JSON.
 """
 
 import argparse
@@ -18,18 +19,22 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
+from treerpo_trl.prefix_sharing import pack_rows
 
 
 VOCABULARY_SIZE = 512
@@ -38,13 +43,14 @@ PAD_TOKEN_ID, EOS_TOKEN_ID = 0, 1
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=["2x2x2x2", "4x4x4"], help="branching factors, by depth")
+    parser.add_argument("--shapes", nargs="+", default=["2x2x2x2", "4x4x4", "8x8"], help="branching factors, by depth")
     parser.add_argument("--segment_length", type=int, default=64, help="tokens of a segment")
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--num_prompts", type=int, default=1, help="prompts sampled at a time")
+    parser.add_argument("--num_prompts", type=int, default=1, help="prompts of a batch")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats of each measurement")
     parser.add_argument("--hidden_size", type=int, default=256, help="width of the random Qwen2")
     parser.add_argument("--num_layers", type=int, default=6, help="layers of the random Qwen2")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16")
     return parser.parse_args()
 
 
@@ -74,122 +80,212 @@ def make_model(args: argparse.Namespace) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
+def parity_reward(completion_ids, **kwargs):
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
 def make_trainers(args: argparse.Namespace, branching: list[int], output_dir: str):
-    """A GRPOTrainer and a TreeRPOTrainer that draw equally many completions of equal length."""
+    """A GRPOTrainer and a TreeRPOTrainer that draw equally many completions of equal length, ready for their steps."""
     leaves = math.prod(branching)
     common = {
         "output_dir": output_dir,
         "per_device_train_batch_size": leaves * args.num_prompts,
         "generation_kwargs": {"suppress_tokens": [EOS_TOKEN_ID]},
-        "bf16": False,
+        "bf16": args.bf16,
         "gradient_checkpointing": False,
         "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
         "disable_tqdm": True,
-        "max_steps": args.repeats,
     }
-    tree_args = TreeRPOConfig(**common, branching_factor=branching, segment_length=args.segment_length)
+    tree_args = TreeRPOConfig(
+        **common, branching_factor=branching, segment_length=args.segment_length, prune_threshold=None
+    )
     flat_args = GRPOConfig(
         **common, num_generations=leaves, max_completion_length=len(branching) * args.segment_length
     )
-    rows = [" ".join(str(2 + (7 * i + j) % 500) for j in range(args.prompt_length)) for i in range(64)]
-    data = {"train_dataset": Dataset.from_dict({"prompt": rows}), "processing_class": make_tokenizer()}
-    flat = GRPOTrainer(make_model(args), parity_reward, flat_args, **data)
-    tree = TreeRPOTrainer(make_model(args), parity_reward, tree_args, **data)
-    return flat, tree
+    prompts = [" ".join(str(2 + (7 * i + j) % 500) for j in range(args.prompt_length)) for i in range(64)]
+    data = {"train_dataset": Dataset.from_dict({"prompt": prompts}), "processing_class": make_tokenizer()}
+    trainers = (
+        GRPOTrainer(make_model(args), parity_reward, flat_args, **data),
+        TreeRPOTrainer(make_model(args), parity_reward, tree_args, **data),
+    )
+    for trainer in trainers:
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.create_optimizer()
+        trainer.model.train()
+    return trainers
 
 
-def parity_reward(completion_ids, **kwargs):
-    return [float(sum(ids) % 2) for ids in completion_ids]
+def make_batch(trainer, args: argparse.Namespace) -> list[dict[str, str]]:
+    """A generation batch as TRL's sampler hands it over: each prompt as often as it has rows."""
+    return [trainer.train_dataset[i] for i in range(args.num_prompts) for _ in range(trainer.num_generations)]
 
 
-def time_sampling(trainer, args: argparse.Namespace) -> float:
-    """Seconds of one round of sampling, from token ids to token ids."""
-    prompts = [[2 + (5 * i + j) % 500 for j in range(args.prompt_length)] for i in range(args.num_prompts)]
-    prompt_ids = [prompt for prompt in prompts for _ in range(trainer.num_generations)]
-    trainer.model.train()
-    start = time.perf_counter()
-    trainer._generate_single_turn(prompt_ids, None, {}, trainer.num_generations)
+def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def own_share(trainer) -> float:
-    """Share of the time of training steps that is spent on trees, credit and rows.
-
-    What our overrides take, less what they call of upstream: `generate`, the reward functions and GRPOTrainer's own
-    methods. The copies of forked caches count as ours.
-    """
-    seconds: dict[str, float] = defaultdict(float)
-    ours = ["_generate_single_turn", "_calculate_rewards", "_generate_and_score_completions", "_prepare_inputs"]
-    theirs = ["_calculate_rewards", "_generate_and_score_completions", "_prepare_inputs"]
-    with (
-        timed(TreeRPOTrainer, ours, seconds, "ours"),
-        timed(GRPOTrainer, theirs, seconds, "theirs"),
-        timed(Qwen2ForCausalLM, ["generate"], seconds, "generate"),
-    ):
-        start = time.perf_counter()
-        trainer.train()
-        total = time.perf_counter() - start
-    own = sum(seconds[f"ours.{name}"] for name in ours) - sum(seconds[f"theirs.{name}"] for name in theirs)
-    return (own - seconds["generate.generate"]) / total
+    return time.perf_counter()
 
 
 @contextmanager
-def timed(owner: type, names: list[str], seconds: dict[str, float], label: str):
-    """Add up the seconds spent in methods of a class."""
+def timed(owner: type, names: list[str], seconds: dict[str, float]):
+    """Add up the seconds spent in methods of a class, under `owner.name`."""
     originals = {name: getattr(owner, name) for name in names}
+    is_own = {name: name in vars(owner) for name in names}
 
-    def wrap(name):
+    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args, **kwargs):
-            start = time.perf_counter()
+            start = now()
             try:
-                return originals[name](*args, **kwargs)
+                return original(*args, **kwargs)
             finally:
-                seconds[f"{label}.{name}"] += time.perf_counter() - start
+                seconds[f"{owner.__name__}.{name}"] += now() - start
 
         return wrapper
 
-    had = {name: name in vars(owner) for name in names}
-    for name in names:
-        setattr(owner, name, wrap(name))
+    for name, original in originals.items():
+        setattr(owner, name, wrap(name, original))
     try:
         yield
     finally:
-        for name in names:
-            if had[name]:
-                setattr(owner, name, originals[name])
+        for name, original in originals.items():
+            if is_own[name]:
+                setattr(owner, name, original)
             else:
                 delattr(owner, name)
 
 
-def describe(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} - {max(values):.3f})"
+def time_step(trainer, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a whole training step and its phases. `own` is what trees, credit and rows take.
+
+    That is the time of our overrides less what they call of upstream: `generate`, the reward functions and
+    GRPOTrainer's own methods. Copies of forked caches count as ours.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    wrapped = ["_calculate_rewards", "_generate_and_score_completions", "_prepare_inputs"]
+    trainer_class = type(trainer)
+    with (
+        timed(GRPOTrainer, wrapped if trainer_class is not GRPOTrainer else [], seconds),
+        timed(trainer_class, ["_generate_single_turn", *wrapped], seconds),
+        timed(Qwen2ForCausalLM, ["generate"], seconds),
+    ):
+        start = now()
+        trainer.training_step(trainer.model, make_batch(trainer, args), num_items_in_batch=None)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+        total = now() - start
+    name = trainer_class.__name__
+    sampling, preparing = seconds[f"{name}._generate_single_turn"], seconds[f"{name}._prepare_inputs"]
+    own = sampling - seconds["Qwen2ForCausalLM.generate"]
+    own += sum(seconds[f"{name}.{method}"] - seconds[f"GRPOTrainer.{method}"] for method in wrapped)
+    return {
+        "step": total,
+        "sampling": sampling,
+        "scoring": preparing - sampling,
+        "training": total - preparing,
+        "own": own / total,
+    }
+
+
+def loss_and_gradient(trainer, batch: dict[str, Any], share: bool) -> None:
+    trainer._prefix_sharing.is_active = share
+    trainer.compute_loss(trainer.model, batch).backward()
+    trainer.model.zero_grad()
+    trainer._prefix_sharing.is_active = True
+
+
+def time_training(trainer, batch: dict[str, Any], share: bool) -> float:
+    """Seconds of the forward and the backward pass of a batch."""
+    start = now()
+    loss_and_gradient(trainer, batch, share)
+    return now() - start
+
+
+def peak_memory(trainer, batch: dict[str, Any], share: bool) -> float:
+    """Most bytes allocated at a time in the forward and the backward pass, beyond what was there before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss_and_gradient(trainer, batch, share)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss_and_gradient(trainer, batch, share)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
+
+
+def count_tokens(trainer, batch: dict[str, Any]) -> tuple[int, int]:
+    """Positions of the packed forward, and distinct tokens of the trees."""
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    computed = pack_rows(input_ids, mask, batch["tool_mask"] > 0).input_ids.numel()
+    unique = sum(len(scored.tree.prompt_ids) + scored.tree.num_sampled_tokens for scored in trainer.last_trees)
+    return computed, unique
+
+
+def measure(args: argparse.Namespace, shape: str) -> dict[str, list[float]]:
+    """Repeats of every figure for one shape; the first step of each trainer is a warm-up."""
+    branching = [int(number) for number in shape.split("x")]
+    figures: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as output_dir:
+        flat, tree = make_trainers(args, branching, output_dir)
+        time_step(flat, args), time_step(tree, args)
+        batch = tree._generate_and_score_completions(make_batch(tree, args))
+        time_training(tree, batch, share=False), time_training(tree, batch, share=True)
+        for _ in tqdm(range(args.repeats), desc=shape):
+            steps = {"GRPO": time_step(flat, args), "TreeRPO": time_step(tree, args)}
+            for name, seconds in steps.items():
+                for phase, value in seconds.items():
+                    figures[f"{name} {phase}"].append(value)
+            figures["step_ratio"].append(steps["TreeRPO"]["step"] / steps["GRPO"]["step"])
+            figures["sampling_ratio"].append(steps["TreeRPO"]["sampling"] / steps["GRPO"]["sampling"])
+            dense, shared = (time_training(tree, batch, share) for share in (False, True))
+            figures["train_ratio"].append(dense / shared)
+        figures["memory_ratio"] = [peak_memory(tree, batch, share=True) / peak_memory(tree, batch, share=False)]
+        computed, unique = count_tokens(tree, batch)
+        figures["computed_over_unique"] = [computed / unique]
+    return figures
 
 
 def main() -> None:
     args = parse_arguments()
-    table = Table("shape", "flat, s", "tree, s", "tree / flat", "own share of a step", title="Median (range)")
-    results: dict[str, dict[str, float]] = {"sampling_ratio": {}, "own_share": {}}
-    for shape in args.shapes:
-        branching = [int(number) for number in shape.split("x")]
-        with tempfile.TemporaryDirectory() as output_dir:
-            flat, tree = make_trainers(args, branching, output_dir)
-            time_sampling(tree, args), time_sampling(flat, args)  # warm up
-            pairs = [
-                (time_sampling(flat, args), time_sampling(tree, args))
-                for _ in tqdm(range(args.repeats), desc=f"sampling {shape}")
-            ]
-            share = own_share(tree)
-        ratios = [tree_seconds / flat_seconds for flat_seconds, tree_seconds in pairs]
-        results["sampling_ratio"][shape] = round(statistics.median(ratios), 3)
-        results["own_share"][shape] = round(share, 4)
-        flats, trees = zip(*pairs, strict=True)
-        table.add_row(shape, describe(list(flats)), describe(list(trees)), describe(ratios), f"{share:.2%}")
-    Console().print(table)
-    print(json.dumps(results))
+    rows = {
+        "GRPO sampling": "GRPO: sampling, s",
+        "GRPO scoring": "scoring, s",
+        "GRPO training": "training, s",
+        "GRPO step": "whole step, s",
+        "TreeRPO sampling": "TreeRPO: sampling, s",
+        "TreeRPO scoring": "scoring, s",
+        "TreeRPO training": "training, s",
+        "TreeRPO step": "whole step, s",
+        "TreeRPO own": "share of trees, credit and rows",
+        "sampling_ratio": "sampling, TreeRPO / GRPO",
+        "step_ratio": "whole step, TreeRPO / GRPO",
+        "train_ratio": "training, dense / shared rows",
+        "memory_ratio": "peak memory, shared / dense rows",
+        "computed_over_unique": "tokens computed / distinct tokens",
+    }
+    results = {shape: measure(args, shape) for shape in args.shapes}
+    table = Table("median (range)", *args.shapes)
+    for figure, title in rows.items():
+        cells = [
+            f"{statistics.median(values):.3f} ({min(values):.3f} - {max(values):.3f})"
+            if len(values := results[shape][figure]) > 1
+            else f"{values[0]:.3f}"
+            for shape in args.shapes
+        ]
+        table.add_row(title, *cells)
+    Console(width=120).print(table)
+    summary = ["train_ratio", "computed_over_unique", "memory_ratio", "step_ratio", "sampling_ratio", "TreeRPO own"]
+    medians = {
+        figure: {shape: round(statistics.median(results[shape][figure]), 4) for shape in args.shapes}
+        for figure in summary
+    }
+    medians["own_share"] = medians.pop("TreeRPO own")
+    print(json.dumps(medians))
 
 
 if __name__ == "__main__":

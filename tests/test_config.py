@@ -61,6 +61,7 @@ def test_a_resolved_configuration_resolves_to_itself():
         ({"per_device_train_batch_size": 12}, r"\(12\) x steps_per_generation \(1\) = 12 .*num_generations \(8.*=2"),
         ({"generation_batch_size": 24, "per_device_train_batch_size": 2, "branching_factor": 3}, r"\(27\)"),
         ({"advantage_estimator": "gae"}, "advantage_estimator='gae' .*='treerpo' or 'bernoulli_std'"),
+        ({"prefix_sharing": "always"}, "prefix_sharing='always' .*='auto' or True or False"),
         ({"loss_weighting": "row"}, "loss_weighting='row' .*='token' or 'node'"),
         ({"loss_type": "grpo"}, "loss_type='grpo' .* average over each row.*='dapo' or 'bnpo'"),
         ({"loss_type": "sapo"}, "loss_type='sapo'"),
@@ -91,6 +92,11 @@ def test_every_allowed_loss_weighting_exists():
 @pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "cispo", "dr_grpo"])
 def test_token_level_losses_are_allowed(loss_type):
     assert make(loss_type=loss_type).loss_type == loss_type
+
+
+@pytest.mark.parametrize(("given", "resolved"), [("auto", "auto"), ("true", True), (False, False), ("False", False)])
+def test_prefix_sharing_is_read_from_python_and_the_command_line(given, resolved):
+    assert make(prefix_sharing=given).prefix_sharing == resolved
 
 
 def test_the_fix_of_a_batch_that_does_not_fit_works():

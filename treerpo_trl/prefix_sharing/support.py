@@ -27,6 +27,8 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
         return f"{name} carries a recurrent state, which cannot branch"
     if model.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder model"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return f"{name} learns virtual tokens, which stand in front of every row"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{name} does not take its attention from transformers' AttentionInterface"
     implementation = model.config._attn_implementation.removeprefix(PREFIX)
