@@ -71,6 +71,8 @@ def _make_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]
         tree_layout: TreeLayout | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if tree_layout is not None and attention_mask is not None and attention_mask.shape != NO_MASK_SHAPE:
+            raise ValueError(f"{type(module).__name__} makes a mask of its own")
         if tree_layout is None:
             return _own_attention(module, original)(module, query, key, value, attention_mask, **kwargs)
         return tree_attention(module, query, key, value, tree_layout, **kwargs), None
@@ -79,9 +81,11 @@ def _make_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]
 
 
 def _own_attention(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if name == "eager":  # each modeling file has its own
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[name]
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    # Each modeling file has its own; a layer derived elsewhere has that of the file it derives from.
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
 
 
 def tree_attention(
@@ -92,7 +96,6 @@ def tree_attention(
     layout: TreeLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> Tensor:
@@ -106,19 +109,19 @@ def tree_attention(
         layout: Which positions attend to which.
         scaling: Factor of the scores; 1 / sqrt(E) by default.
         dropout: Probability with which attention weights are dropped.
-        sliding_window: Positions, its own included, that a token looks back.
         softcap: Bound of the scores, scaled by tanh.
-        kwargs: What other implementations take.
+        kwargs: What other implementations take; of these, `sliding_window` counts: the positions, its own included,
+            that a token looks back.
 
     Returns:
         (1, S, H, E).
 
     Raises:
-        ValueError: The layer has attention sinks, which this function does not know.
+        ValueError: The layer has attention sinks, or a window that it does not tell.
     """
     if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} has attention sinks; set prefix_sharing=False")
-    window = _window_of(module, sliding_window)
+        raise ValueError(f"{type(module).__name__} has attention sinks")
+    window = _window_of(module, kwargs)
     queries = query[0] if layout.queries is None else _take(query[0], layout.queries)
     shapes = [group.shape for group in layout.groups]
     by_group = zip(
@@ -132,16 +135,19 @@ def tree_attention(
     output_HSE = torch.cat(outputs, dim=1)
     if layout.outputs is not None:
         output_HSE = _take(output_HSE, layout.outputs)
-    return output_HSE.transpose(0, 1).unsqueeze(0)
+    return output_HSE.transpose(0, 1).contiguous().unsqueeze(0)  # some layers take a view of it
 
 
-def _window_of(module: nn.Module, sliding_window: int | None) -> int | None:
-    """The window handed over, or the one the configuration gives this layer, should the model leave it to the mask."""
+def _window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """The window handed over or, should the model leave it to the mask, the one its configuration gives this layer."""
     config: Any = module.config
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None or sliding_window is not None:
-        return sliding_window
-    return config.sliding_window if layer_types[module.layer_idx] == "sliding_attention" else None
+    if kwargs.get("sliding_window") is not None:
+        return kwargs["sliding_window"]
+    if (layer_types := getattr(config, "layer_types", None)) is not None:
+        return config.sliding_window if layer_types[module.layer_idx] == "sliding_attention" else None
+    if "sliding_window" not in kwargs and getattr(config, "sliding_window", None) is not None:
+        raise ValueError(f"{type(module).__name__} leaves its sliding window to a mask")
+    return None
 
 
 def _attend(

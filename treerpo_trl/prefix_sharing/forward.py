@@ -71,27 +71,26 @@ def forward_dense(model: nn.Module, input_ids_BL: Tensor, attention_mask_BL: Ten
     return outputs.log_probs[:, -width:]
 
 
-def find_difference(model: nn.Module, token_ids: Tensor) -> float:
-    """Largest difference between log-probabilities of shared and dense rows, on a small tree made of given tokens.
+def find_difference(model: nn.Module, vocabulary_size: int, device: torch.device) -> float:
+    """Largest difference between log-probabilities of shared and dense rows, on a small tree of various tokens.
 
     A model that ignores the layout, or mixes positions outside its attention, gives itself away here.
 
     Args:
         model: A model prepared by [`install`], in evaluation mode: dropout would differ.
-        token_ids: [N] any tokens the model knows, at least one.
+        vocabulary_size: Tokens the model knows.
+        device: Where the model is.
     """
-    tokens = token_ids.flatten()[torch.arange(24, device=token_ids.device) % token_ids.numel()]
-    rolled = tokens.roll(1)
-    prompt, completions = tokens[:6], [(0, 12, 18), (0, 12, 0), (3, 9, 0)]
-    rows = []
-    for start, middle, end in completions:
-        pieces = [prompt, tokens[start : start + 4], rolled[middle : middle + 4], tokens[end : end + 3]]
-        rows.append(torch.cat(pieces))
-    input_ids = torch.stack(rows)
+    # Strides without a common divisor: rows of many different tokens in any order.
+    prompt, trunk, *branches = (
+        torch.arange(start, start + stride * length, stride) % vocabulary_size
+        for start, stride, length in [(11, 7, 7), (3, 5, 4), (2, 11, 7), (5, 13, 7), (8, 17, 7)]
+    )
+    rows = [[trunk, branches[0]], [trunk, branches[1]], [branches[2], trunk]]
+    input_ids = torch.stack([torch.cat([prompt, *pieces]) for pieces in rows]).to(device)
     mask = torch.ones_like(input_ids)
     mask[:, 0] = 0  # one column of left padding
     with torch.no_grad():
-        width = input_ids.size(1) - len(prompt)
-        dense = forward_dense(model, input_ids, mask, width)
+        dense = forward_dense(model, input_ids, mask, width=input_ids.size(1) - len(prompt))
         shared = forward_shared(model, input_ids, mask, torch.ones_like(dense, dtype=torch.bool)).log_probs
     return (dense - shared).abs().max().item()

@@ -47,7 +47,9 @@ class PrefixSharing:
         if self.is_active:
             for model in models:
                 install(model)
-            self.is_moe = hasattr(models[0].config.get_text_config(), "output_router_logits")
+            text_config = models[0].config.get_text_config()
+            self.is_moe = hasattr(text_config, "output_router_logits")
+            self._vocabulary_size = text_config.vocab_size
             self._is_low_precision = (
                 accelerator.mixed_precision in ("bf16", "fp16") or models[0].dtype.itemsize < torch.float32.itemsize
             )
@@ -60,25 +62,27 @@ class PrefixSharing:
         """
         if self.is_active and not self._is_checked:
             self._is_checked = True
-            difference = self._measure(model, input_ids)
+            difference, failure = self._measure(model, input_ids.device)
             tolerance = LOW_PRECISION_TOLERANCE if self._is_low_precision else TOLERANCE
             if not difference <= tolerance:
-                self._fall_back(
-                    f"{type(self.accelerator.unwrap_model(model)).__name__} gives other log-probabilities for packed "
-                    f"rows than for dense ones (they differ by up to {difference:.2g})"
-                )
+                name = type(self.accelerator.unwrap_model(model)).__name__
+                failure = failure or f"they differ by up to {difference:.2g}"
+                self._fall_back(f"{name} gives no or other log-probabilities for packed rows ({failure})")
         return self.is_active
 
-    def _measure(self, model: Any, input_ids: Tensor) -> float:
-        was_training = model.training
+    def _measure(self, model: Any, device: torch.device) -> tuple[float, str]:
+        """The largest difference on any process, and what went wrong on this one."""
+        was_training, failure = model.training, ""
         model.eval()  # without dropout, and without gradient checkpointing
         try:
             with self.accelerator.autocast():
-                difference = find_difference(model, input_ids[:1])
+                difference = find_difference(model, self._vocabulary_size, device)
+        except Exception as error:  # whatever a model makes of a layout it does not know
+            difference, failure = float("inf"), f"{type(error).__name__}: {error}"
         finally:
             model.train(was_training)
-        local = torch.tensor([difference], device=input_ids.device)
-        return self.accelerator.gather(local).max().item()  # all processes must decide the same
+        local = torch.tensor([difference], device=device)
+        return self.accelerator.gather(local).max().item(), failure  # all processes must decide the same
 
     def _fall_back(self, reason: str) -> None:
         if self.mode is True:

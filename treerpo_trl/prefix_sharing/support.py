@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from .attention import PREFIX
 
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+LENGTH_DEPENDENT_ROTATIONS = {"dynamic", "longrope"}
 # Others look their name up in the configuration while they run, which must be theirs then.
 KNOWN_IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -25,6 +28,11 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
         return f"{name} has layers of type {', '.join(unknown)}, whose state cannot branch"
     if getattr(model, "_is_stateful", False):
         return f"{name} carries a recurrent state, which cannot branch"
+    if any(hasattr(module, "sinks") for module in model.modules()):
+        return f"{name} has attention sinks"
+    rotations = _rotations(getattr(config, "rope_parameters", None))
+    if rotations & LENGTH_DEPENDENT_ROTATIONS:
+        return f"{name} has rotary positions ({', '.join(sorted(rotations))}) that depend on the length of the batch"
     if model.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder model"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
@@ -37,3 +45,12 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
             f"{name} uses attn_implementation='{implementation}', not {' or '.join(map(repr, KNOWN_IMPLEMENTATIONS))}"
         )
     return None
+
+
+def _rotations(rope_parameters: Any) -> set[str]:
+    """Types of rotary positions, of which a model may have one for each type of layer."""
+    if not isinstance(rope_parameters, dict):
+        return set()
+    if "rope_type" in rope_parameters:
+        return {rope_parameters["rope_type"]}
+    return {rotation for parameters in rope_parameters.values() for rotation in _rotations(parameters)}

@@ -1,0 +1,238 @@
+"""Packing rows against a plain oracle: what is computed, what each position sees, and the way back to the rows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import NEEDED, Rows, full_tree_rows, pad_rows, random_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treerpo_trl.prefix_sharing import pack_rows
+from treerpo_trl.prefix_sharing.attention import tree_attention
+
+
+rows_of = st.builds(
+    random_rows, seed=st.integers(0, 10_000), needed=st.sampled_from(sorted(NEEDED)), shuffled=st.booleans()
+)
+
+
+def pack(rows, **options):
+    return pack_rows(rows.input_ids, rows.attention_mask, rows.needed, **options)
+
+
+def visible(packed, window=None):
+    """(S, S) which positions each packed position attends to: equal keys weigh all that is visible equally."""
+    size = packed.input_ids.size(1)
+    states = torch.zeros(1, 2, size, 4)
+    identity = torch.eye(size, dtype=torch.float32)[None, None]
+    module = SimpleNamespace(config=SimpleNamespace())
+    output = tree_attention(module, states, states[:, :1], identity, packed.layout, sliding_window=window)
+    assert output.shape == (1, size, 2, size)
+    assert torch.equal(output[0, :, 0] > 0, output[0, :, 1] > 0)
+    return output[0, :, 0] > 0
+
+
+def needed_tokens(rows):
+    """(row, completion column, first column of the row, column) of each token that is asked for."""
+    start = rows.input_ids.size(1) - rows.needed.size(1)
+    for row, column in rows.needed.nonzero().tolist():
+        first = rows.attention_mask[row].argmax().item()
+        yield row, column, first, start + column
+
+
+def path_of(rows, row, first, end):
+    """A prefix: where the row begins, and its tokens up to a column. Equal prefixes have equal hidden states."""
+    return first, tuple(rows.input_ids[row, first:end].tolist())
+
+
+def paths_in(packed, sees):
+    """The prefix that each packed position attends to."""
+    positions, tokens = packed.position_ids[0], packed.input_ids[0]
+    paths = []
+    for row in sees:
+        seen = row.nonzero().flatten()
+        seen = seen[positions[seen].argsort()]
+        first = positions[seen[0]].item()
+        assert positions[seen].tolist() == list(range(first, first + len(seen)))
+        paths.append((first, tuple(tokens[seen].tolist())))
+    return paths
+
+
+def wanted_paths(rows):
+    """All prefixes that some token asked for has as its context."""
+    return {
+        path_of(rows, row, first, end)
+        for row, _, first, column in needed_tokens(rows)
+        for end in range(first + 1, column + 1)
+    }
+
+
+@given(rows_of)
+def test_each_token_asked_for_is_predicted_from_exactly_its_own_row(rows):
+    packed = pack(rows)
+    paths = paths_in(packed, visible(packed))
+    asked = list(needed_tokens(rows))
+    assert packed.available_BT.sum() == len(asked)
+    for row, column, first, end in asked:
+        source = packed.source_BT[row, column].item()
+        assert packed.available_BT[row, column]
+        assert packed.labels[0, source] == rows.input_ids[row, end]
+        assert packed.position_ids[0, source] == end - 1
+        assert paths[source] == path_of(rows, row, first, end)
+
+
+@given(rows_of, st.integers(1, 12))
+def test_a_window_hides_what_is_further_back(rows, window):
+    packed = pack(rows)
+    positions = packed.position_ids[0]
+    near = positions[:, None] - positions[None, :] < window
+    assert torch.equal(visible(packed, window), visible(packed) & near)
+
+
+@given(rows_of)
+def test_each_position_sees_itself_and_nothing_later(rows):
+    packed = pack(rows)
+    sees, positions = visible(packed), packed.position_ids[0]
+    assert sees.diagonal().all()
+    assert not (sees & (positions[:, None] < positions[None, :])).any()
+
+
+@given(rows_of)
+def test_nothing_is_computed_that_is_not_context_of_a_token_asked_for(rows):
+    packed = pack(rows)
+    wanted = wanted_paths(rows)
+    paths = paths_in(packed, visible(packed))
+    if wanted:
+        assert set(paths) == wanted
+    else:
+        assert len(paths) == 1  # processes that share a model must all call it
+
+
+@given(st.integers(0, 10_000), st.sampled_from(sorted(NEEDED)))
+def test_sorted_rows_compute_each_prefix_once_and_a_branch_costs_one_position(seed, needed):
+    rows = random_rows(seed, needed)
+    firsts = rows.attention_mask.argmax(dim=1).tolist()
+    order = sorted(range(len(firsts)), key=lambda row: (firsts[row], rows.input_ids[row].tolist()))
+    rows = Rows(rows.input_ids[order], rows.attention_mask[order], rows.needed[order])
+    packed = pack(rows)
+    assert packed.input_ids.numel() <= max(1, len(wanted_paths(rows)) + len(rows.input_ids) - 1)
+
+
+@given(rows_of)
+def test_labels_are_asked_for_and_no_others(rows):
+    packed = pack(rows)
+    sources = {packed.source_BT[row, column].item() for row, column, *_ in needed_tokens(rows)}
+    assert {index for index, label in enumerate(packed.labels[0].tolist()) if label != -100} == sources
+
+
+@given(rows_of)
+def test_counts_are_the_tokens_that_the_positions_stand_for(rows):
+    packed = pack(rows)
+    ends = {}
+    for row, _, first, column in needed_tokens(rows):
+        ends[row] = max(ends.get(row, 0), column - first)
+    assert packed.counts.sum() == sum(ends.values())
+
+
+@given(rows_of)
+def test_every_token_counts_each_token_of_each_row(rows):
+    packed = pack(rows, every_token=True)
+    paths = paths_in(packed, visible(packed))
+    tally = dict.fromkeys(paths, 0)
+    for path, count in zip(paths, packed.counts[0].tolist(), strict=True):
+        tally[path] += count
+    expected = dict.fromkeys(tally, 0)
+    for row, mask in enumerate(rows.attention_mask):
+        first = mask.argmax().item()
+        for end in range(first + 1, first + int(mask.sum()) + 1):
+            expected[path_of(rows, row, first, end)] += 1
+    assert tally == expected
+    assert torch.equal(packed.available_BT, rows.needed)
+
+
+@given(rows_of, st.floats(-9, 9))
+def test_unpacking_puts_values_where_they_were_asked_for_and_the_missing_elsewhere(rows, missing):
+    packed = pack(rows)
+    values = torch.randn(1, packed.input_ids.numel(), dtype=torch.float64)
+    unpacked = packed.unpack(values, missing)
+    assert unpacked.shape == rows.needed.shape
+    assert (unpacked[~rows.needed] == missing).all()
+    for row, column, *_ in needed_tokens(rows):
+        assert unpacked[row, column] == values[0, packed.source_BT[row, column]]
+    per_token = torch.randn(rows.needed.shape)
+    assert torch.equal(packed.unpack(values, per_token)[~rows.needed], per_token[~rows.needed].double())
+
+
+@pytest.mark.parametrize("num_trees", [1, 3])
+def test_full_binary_trees_cost_no_more_than_a_twentieth_over_their_unique_tokens(num_trees):
+    rows = full_tree_rows(num_trees, depth=4, length=64)
+    unique = num_trees * 64 * (1 + 2 + 4 + 8 + 16)
+    assert pack(rows).input_ids.numel() <= 1.05 * unique
+    assert rows.input_ids.numel() > 2.5 * unique
+
+
+def test_pruned_subtrees_are_not_computed():
+    rows = full_tree_rows(1, depth=4, length=16)
+    rows.needed[8:] = False  # the second half of the tree
+    half = 16 * (1 + 1 + 2 + 4 + 8)
+    assert pack(rows).input_ids.numel() <= half + 8
+
+
+def test_what_follows_the_last_token_asked_for_is_not_computed():
+    rows = full_tree_rows(1, depth=4, length=16)
+    rows.needed[:, 16:] = False  # only the first segments
+    assert pack(rows).input_ids.numel() <= 16 * 3 + 1
+
+
+def test_equal_rows_are_computed_once():
+    rows = pad_rows([[5, 6]] * 4, [[7, 8, 9]] * 4, NEEDED["all"])
+    packed = pack(rows)
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8]]
+    assert packed.labels.tolist() == [[-100, 7, 8, 9]]
+
+
+def test_prompts_of_different_trees_are_shared():
+    rows = pad_rows([[5, 6, 7], [5, 6, 8]], [[9, 2], [3, 4]], NEEDED["all"])
+    packed = pack(rows)
+    assert packed.input_ids.numel() <= 4 + 3  # 5 6 7 9, and 6 8 3
+
+
+def test_equal_tokens_in_different_columns_are_not_shared():
+    rows = pad_rows([[5, 6], [4, 5, 6]], [[7, 8], [7, 8]], NEEDED["all"])
+    assert pack(rows).input_ids.numel() == 3 + 4
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("extra", [4, 0])
+def test_padding_is_no_token_of_a_path(order, extra):
+    """A longer prompt ends as the shorter one does, or begins with a token that looks like its padding."""
+    rows = pad_rows([[5, 6], [extra, 5, 6]], [[7, 8], [7, 8]], NEEDED["all"])
+    rows = Rows(rows.input_ids[order], rows.attention_mask[order], rows.needed[order])
+    packed = pack(rows)
+    assert packed.input_ids.numel() == 3 + 4
+    assert set(paths_in(packed, visible(packed))) == wanted_paths(rows)
+
+
+def test_a_row_between_that_asks_for_nothing_hides_no_sharing():
+    """Rows 0 and 2 share all but their last token; row 1, asked for nothing, shares it too."""
+    rows = pad_rows([[5, 6]] * 3, [[7, 8, 2], [7, 8, 3], [7, 8, 4]], NEEDED["all"])
+    rows.needed[1] = False
+    packed = pack(rows)
+    assert packed.input_ids.numel() == 4 + 1
+    assert not packed.available_BT[1].any()
+
+
+def test_a_deep_row_after_a_shallow_one_continues_where_that_one_stopped():
+    rows = pad_rows([[5, 6]] * 2, [[7, 8, 2, 3]] * 2, NEEDED["all"])
+    rows.needed[0, 1:] = False
+    packed = pack(rows)
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 2]] or packed.input_ids.numel() == 5
+
+
+@settings(max_examples=20)
+@given(rows_of)
+def test_packing_changes_none_of_its_inputs(rows):
+    copies = [tensor.clone() for tensor in (rows.input_ids, rows.attention_mask, rows.needed)]
+    pack(rows)
+    assert all(map(torch.equal, copies, (rows.input_ids, rows.attention_mask, rows.needed)))

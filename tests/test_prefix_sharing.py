@@ -1,0 +1,608 @@
+"""Packed rows against dense ones: log-probabilities, entropies, gradients, whole training steps, and who cannot."""
+
+import json
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import coin_reward, make_tokenizer
+from datasets import Dataset
+from families import (
+    FAMILIES,
+    NEEDED,
+    OTHERS,
+    SIZES,
+    VOCABULARY,
+    dense,
+    full_tree_rows,
+    make_model,
+    pad_rows,
+    random_rows,
+)
+from peft import LoraConfig, PromptTuningConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from trl.trainer.utils import add_fused_lm_head
+
+from treerpo_trl import TreeRPOTrainer
+from treerpo_trl.prefix_sharing import (
+    PrefixSharing,
+    find_difference,
+    forward_shared,
+    install,
+    pack_rows,
+    unsupported_reason,
+)
+
+
+EXACT = 1e-5  # absolute on log-probabilities and entropies, relative to a parameter's largest gradient
+CASES = [(seed, needed, seed % 2 == 1) for seed, needed in enumerate(3 * sorted(NEEDED))]
+
+
+def shared_model(family, dtype=torch.float32):
+    model = make_model(family, dtype)
+    install(model)
+    return model
+
+
+def shared(model, rows, **options):
+    return forward_shared(model, rows.input_ids, rows.attention_mask, rows.needed, **options)
+
+
+def random_loss(outputs, needed):
+    """A number that depends on each token asked for, by its log-probability and its entropy."""
+    torch.manual_seed(0)
+    weights = torch.randn(2, *needed.shape)
+    values = torch.stack([outputs.log_probs, outputs.entropy])
+    return (values * weights * needed).sum()
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_close_gradients(actual, expected, tolerance=EXACT):
+    assert actual.keys() == expected.keys()
+    # Gradients that are zero but for rounding (a query's with one key in sight) have the scale of all.
+    rounding = tolerance / 10 * max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error, size = (actual[name] - gradient).abs().max().item(), gradient.abs().max().item()
+        assert error <= tolerance * size + rounding, f"{name}: error {error:.1e} of {size:.1e}"
+
+
+def assert_exact(packed, model, rows, tolerance=EXACT):
+    """Same log-probabilities, entropies and gradients as dense rows of a twin that nothing was installed in."""
+    expected, actual = dense(model, rows), shared(packed, rows)
+    for name in ("log_probs", "entropy"):
+        difference = (getattr(actual, name) - getattr(expected, name))[rows.needed].abs()
+        assert difference.numel() == 0 or difference.max() <= tolerance, f"{name}: {difference.max():.1e}"
+    assert (actual.log_probs[~rows.needed] == 0).all()
+    assert_close_gradients(
+        gradients(packed, random_loss(actual, rows.needed)), gradients(model, random_loss(expected, rows.needed))
+    )
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_rows_equal_dense_rows(family, training):
+    packed, model = shared_model(family).train(training), make_model(family).train(training)
+    assert unsupported_reason(packed) is None
+    for seed, needed, shuffled in CASES:
+        assert_exact(packed, model, random_rows(seed, needed, shuffled))
+
+
+# Gemma 2's own eager attention is NaN for dense rows with left padding in double precision.
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2"}))
+def test_packed_rows_equal_dense_rows_in_double_precision(family):
+    """What is left is what the models themselves compute in single precision: norms, rotations, the head."""
+    packed, model = shared_model(family, torch.float64), make_model(family, torch.float64)
+    for seed, needed, shuffled in CASES[:5]:
+        assert_exact(packed, model, random_rows(seed, needed, shuffled))
+
+
+def test_hidden_states_are_exact_where_a_model_is_double_throughout():
+    """GPT-2 has no part that computes in single precision."""
+    packed, model = shared_model("gpt2", torch.float64), make_model("gpt2", torch.float64)
+    states = []
+    for each in (packed, model):
+        each.base_model.register_forward_hook(lambda module, args, outputs: states.append(outputs.last_hidden_state))
+    rows = random_rows(3)
+    shared(packed, rows), dense(model, rows)
+    source = pack_rows(rows.input_ids, rows.attention_mask, rows.needed).source_BT
+    width = rows.needed.size(1)
+    difference = states[0][0][source] - states[1][:, -width - 1 : -1]
+    assert difference[rows.needed].abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt2"])
+def test_prompts_of_very_different_lengths(family):
+    prompts = [[5] * 3, [5] * 3, list(range(2, 20)) * 2, list(range(2, 20)) * 2]
+    completions = [[6, 7, 8], [6, 9], [2, 3, 4, 5], [2, 3, 4, 6]]
+    assert_exact(shared_model(family), make_model(family), pad_rows(prompts, completions, NEEDED["all"]))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_both_implementations_of_attention(attention):
+    packed, model = make_model("mistral"), make_model("mistral")
+    for each in (packed, model):
+        each.set_attn_implementation(attention)
+    install(packed)
+    assert_exact(packed, model, random_rows(3))
+
+
+def test_installing_twice_does_nothing():
+    model = shared_model("qwen2")
+    before = model.config._attn_implementation
+    install(model)
+    assert model.config._attn_implementation == before
+    assert_exact(model, make_model("qwen2"), random_rows(3))
+
+
+class OwnAttention(Qwen2Attention):
+    """A layer of somebody's own, in another module than the eager attention it uses."""
+
+
+def test_layers_derived_elsewhere_keep_their_eager_attention():
+    packed, model = make_model("qwen2"), make_model("qwen2")
+    for each in (packed, model):
+        each.set_attn_implementation("eager")
+    for layer in packed.model.layers:
+        layer.self_attn.__class__ = OwnAttention
+    install(packed)
+    rows = random_rows(3)
+    assert torch.equal(dense(packed, rows).log_probs, dense(model, rows).log_probs)
+    assert_exact(packed, model, rows)
+
+
+def test_dense_rows_of_an_installed_model_are_untouched():
+    packed, model, rows = shared_model("gemma3"), make_model("gemma3"), random_rows(3)
+    assert torch.equal(dense(packed, rows).log_probs, dense(model, rows).log_probs)
+
+
+def test_the_missing_are_what_was_given():
+    model, rows = shared_model("qwen2"), random_rows(1, "some_tokens")
+    missing = torch.randn(rows.needed.shape)
+    log_probs = shared(model, rows, missing=missing).log_probs
+    assert torch.equal(log_probs[~rows.needed], missing[~rows.needed])
+
+
+def test_nothing_asked_for_still_reaches_every_parameter_with_a_zero_gradient():
+    model = shared_model("qwen2")
+    loss = shared(model, random_rows(3, "none")).log_probs.sum()
+    assert all((gradient == 0).all() for gradient in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("needed", ["all", "some_rows", "none"])
+def test_the_load_balancing_loss_counts_the_tokens_of_the_rows(family, needed):
+    packed, model = shared_model(family), make_model(family)
+    for seed in range(4):
+        rows = random_rows(seed, needed)
+        expected = dense(model, rows, output_router_logits=True)
+        actual = shared(packed, rows, is_moe=True, with_aux_loss=True)
+        assert abs(actual.aux_loss - expected.aux_loss) <= EXACT
+        assert_close_gradients(gradients(packed, actual.aux_loss), gradients(model, expected.aux_loss))
+        difference = (actual.log_probs - expected.log_probs)[rows.needed].abs()
+        assert difference.numel() == 0 or difference.max() <= EXACT
+        assert shared(packed, rows, is_moe=True).aux_loss is None
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(family, reentrant):
+    packed, model, rows = shared_model(family).train(), make_model(family).train(), random_rows(3, "some_tokens")
+    packed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    packed.enable_input_require_grads()
+    runs = []
+    layer = packed.base_model.h[0].attn if family == "gpt2" else packed.base_model.layers[0].self_attn
+    layer.register_forward_hook(lambda *_: runs.append(1))
+    assert_exact(packed, model, rows)
+    assert len(runs) == 2  # the layer ran again in the backward pass
+
+
+def test_low_precision_is_as_close_to_single_precision_as_dense_rows_are():
+    packed, model, rows = shared_model("qwen2"), make_model("qwen2"), random_rows(3)
+    exact = dense(model, rows).log_probs
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [(outputs.log_probs - exact)[rows.needed].abs().mean() for outputs in
+                  (shared(packed, rows), dense(model, rows))]  # fmt: skip
+    assert errors[0] <= 1.5 * errors[1] + 1e-3
+
+
+# Cost
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any tensor made inside has."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2"])
+def test_memory_grows_with_the_tokens_and_not_with_their_square(family, monkeypatch):
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)  # the head's tiles are TRL's matter
+    model = shared_model(family)
+    sizes, peaks = [], []
+    for num_trees in (1, 2, 4, 8):
+        rows = full_tree_rows(num_trees, depth=4, length=8)
+        sizes.append(pack_rows(rows.input_ids, rows.attention_mask, rows.needed).input_ids.numel())
+        with LargestTensor() as memory:
+            random_loss(shared(model, rows), rows.needed).backward()
+        peaks.append(memory.largest)
+    assert peaks[-1] <= 1.1 * 8 * peaks[0]
+    assert peaks[-1] < sizes[-1] ** 2 / 8
+
+
+def test_the_load_balancing_loss_makes_no_mask_of_the_whole_pack(monkeypatch):
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    model, rows = make_model("mixtral"), full_tree_rows(8, depth=4, length=8)
+    model.set_attn_implementation("eager")  # whose masks are never left out
+    install(model)
+    with LargestTensor() as memory:
+        shared(model, rows, is_moe=True, with_aux_loss=True)
+    assert memory.largest < pack_rows(rows.input_ids, rows.attention_mask, rows.needed).input_ids.numel() ** 2 / 4
+
+
+def test_a_model_computes_only_what_is_packed():
+    model, rows = shared_model("qwen2"), full_tree_rows(1, depth=4, length=8)
+    seen = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    shared(model, rows)
+    rows.needed[8:] = False
+    shared(model, rows)
+    assert seen[0] <= 8 * 31 + 16 and seen[1] <= 8 * 16 + 8
+
+
+# Who cannot
+
+
+def accelerator():
+    """What PrefixSharing asks of an accelerator, in one process."""
+    return SimpleNamespace(
+        mixed_precision="no", is_main_process=True, unwrap_model=lambda model: model, gather=lambda tensor: tensor,
+        autocast=nullcontext,
+    )  # fmt: skip
+
+
+def first_batch():
+    """One row of many tokens: TRL's (B, L), of which the first row is looked at."""
+    return torch.randint(2, 24, (1, 30), generator=torch.Generator().manual_seed(0))
+
+
+REASONS = {
+    "qwen3_next": "linear_attention",
+    "mamba": "linear_attention|recurrent",
+    "bloom": "AttentionInterface",
+    "gptj": "AttentionInterface",
+    "llama4": "chunked_attention",
+    "gpt_oss": "attention sinks",
+    "opt": "other log-probabilities for packed rows",
+    "gemma3_bidirectional": ".",
+    "phimoe": ".",
+    "doge": ".",
+    "doge_window": ".",
+}
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_who_cannot_share_falls_back_with_one_warning_that_says_why(family):
+    model = make_model(family).eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sharing = PrefixSharing("auto", [model], accelerator())
+        assert not sharing.can_share(model, first_batch())
+        assert not sharing.can_share(model, first_batch())
+    ours = [str(warning.message) for warning in caught if "dense rows" in str(warning.message)]
+    assert len(ours) == 1
+    assert type(model).__name__.removesuffix("ForCausalLM") in ours[0]
+    with pytest.warns(UserWarning, match=REASONS[family]):
+        PrefixSharing("auto", [model], accelerator()).can_share(model, first_batch())
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_insisting_on_sharing_is_an_error_that_says_why(family):
+    model = make_model(family).eval()
+    with pytest.raises(ValueError, match=f"prefix_sharing=True cannot be had.*({REASONS[family]})"):
+        PrefixSharing(True, [model], accelerator()).can_share(model, first_batch())
+
+
+def test_a_model_that_fails_on_packed_rows_falls_back():
+    """Whatever it raises is a reason, with its text, and no end of the run."""
+    model = make_model("qwen2").eval()
+    sharing = PrefixSharing("auto", [model], accelerator())
+
+    def fail(module, args, kwargs):
+        if kwargs["input_ids"].size(0) == 1:  # dense rows of the check are more
+            raise TypeError("unexpected shape")
+
+    model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.warns(UserWarning, match="dense rows.*unexpected shape"):
+        assert not sharing.can_share(model, first_batch())
+
+
+@pytest.mark.parametrize("family", ["mamba", "opt", "qwen2"])
+def test_dense_rows_by_choice_are_silent(family):
+    model = make_model(family).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not PrefixSharing(False, [model], accelerator()).can_share(model, first_batch())
+    assert not model.config._attn_implementation.startswith("prefix_sharing")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "ctrl"])
+def test_who_can_share_does_so_silently(family):
+    model = make_model(family).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sharing = PrefixSharing("auto", [model], accelerator())
+        assert sharing.can_share(model, first_batch())
+    assert find_difference(model, VOCABULARY, torch.device("cpu")) <= EXACT
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_model_is_silently_wrong(family, seed):
+    """Whoever shares is exact, also on rows longer than the check's."""
+    model = make_model(family).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shares = PrefixSharing("auto", [model], accelerator()).can_share(model, first_batch())
+    if shares:
+        rows = full_tree_rows(1, depth=3, length=10, seed=seed)
+        difference = shared(model, rows).log_probs - dense(make_model(family).eval(), rows).log_probs
+        assert difference.abs().max() <= 10 * EXACT
+
+
+@pytest.mark.parametrize(
+    "first_row", [[0] * 40, [7] * 40, [0] * 39 + [7], [5], [5, 6]], ids=["padding", "one_token", "end", "one", "two"]
+)
+def test_the_check_sees_through_any_first_row(first_row):
+    """A row of left padding, or of one token again and again, must not hide that a model is not exact."""
+    model = make_model("gemma3_bidirectional").eval()
+    sharing = PrefixSharing("auto", [model], accelerator())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not sharing.can_share(model, torch.tensor([first_row]))
+
+
+def test_the_check_measures_models_that_barely_differ_between_tokens():
+    """Freshly initialised weights are small; a model that ignores the layout must be found nevertheless."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OTHERS["gemma3_bidirectional"]()).eval()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    install(model)
+    assert find_difference(model, VOCABULARY, torch.device("cpu")) > 1e-3
+
+
+ROTATIONS = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 31,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_rotations_that_depend_on_the_length_are_exact_or_refused(rotation):
+    """Dense rows have 32 columns, but no position of a pack is the last column of a row."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        limit = 31 if rotation == "dynamic" else 128
+        config = LlamaConfig(**{**SIZES, "max_position_embeddings": limit}, rope_parameters=ROTATIONS[rotation])
+        models.append(AutoModelForCausalLM.from_config(config).eval())
+        add_fused_lm_head(models[-1], outputs=("log_probs", "entropy"))
+    packed, model = models
+    if unsupported_reason(packed) is None:
+        install(packed)
+        rows = full_tree_rows(1, depth=3, length=8)
+        assert (shared(packed, rows).log_probs - dense(model, rows).log_probs).abs().max() <= EXACT
+
+
+# Generation and saving
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "gpt2", "mistral"])
+def test_generation_is_untouched_between_steps(family):
+    packed, model = shared_model(family), make_model(family)
+    prompts = torch.tensor([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]])
+    options = {"attention_mask": (prompts > 0).long(), "max_new_tokens": 20, "do_sample": False}
+    optimizers = [torch.optim.SGD(each.parameters(), lr=1e-3) for each in (packed, model)]
+    for step in range(3):
+        assert torch.equal(packed.generate(prompts, **options), model.generate(prompts, **options))
+        rows = random_rows(step + 3)
+        losses = [random_loss(outputs, rows.needed) for outputs in (shared(packed, rows), dense(model, rows))]
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def test_nothing_of_it_is_saved(tmp_path):
+    packed, rows = shared_model("qwen2"), random_rows(3)
+    packed.save_pretrained(tmp_path)
+    for path in tmp_path.glob("*.json"):
+        assert "prefix_sharing" not in path.read_text()
+    assert "attn_implementation" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        logits = reloaded(rows.input_ids, attention_mask=rows.attention_mask).logits
+        expected = make_model("qwen2")(rows.input_ids, attention_mask=rows.attention_mask).logits
+    assert torch.equal(logits, expected)
+
+
+# Training
+
+
+def load(family, make_args):
+    """A model on disk, where the trainer finds the reference model."""
+    path = Path(make_args().output_dir).parent / family
+    if not path.exists():
+        make_model(family).save_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def train(family, make_args, dataset, prefix_sharing, peft_config=None, **options):
+    defaults = {
+        "max_steps": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
+        "seed": 3, "prefix_sharing": prefix_sharing,
+    }  # fmt: skip
+    eval_dataset = options.pop("eval_dataset", None)
+    trainer = TreeRPOTrainer(
+        load(family, make_args), coin_reward, make_args(**{**defaults, **options}), train_dataset=dataset,
+        eval_dataset=eval_dataset, processing_class=make_tokenizer(), peft_config=peft_config,
+    )  # fmt: skip
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    moves = {
+        name: parameter.detach() - before[name]
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+    return trainer, moves
+
+
+def assert_same_training(family, make_args, dataset, tolerance=2e-4, **options):
+    """Every parameter moves by the same amount with and without sharing."""
+    (_, moves), (trainer, expected) = (
+        train(family, make_args, dataset, prefix_sharing, **options) for prefix_sharing in (True, False)
+    )
+    floor = 1e-3 * max(move.abs().max() for move in expected.values())
+    assert floor > 0
+    for name, move in expected.items():
+        error = ((moves[name] - move).abs().max() / move.abs().max().clamp(min=floor)).item()
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+    return trainer
+
+
+OPTIONS = {
+    "plain": {},
+    "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+    "reference": {"beta": 0.1},
+    "two_iterations": {"num_iterations": 2, "max_steps": 2, "beta": 0.1},
+    "off_policy": {"per_device_train_batch_size": 8, "steps_per_generation": 2, "max_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "top_entropy": {"top_entropy_quantile": 0.5},
+    "node_weights": {"loss_weighting": "node"},
+    "temperature_and_entropy": {"temperature": 0.6, "entropy_coef": 0.05},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "truncated": {"mask_truncated_completions": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_training_step_is_the_dense_one(make_args, dataset, options):
+    assert_same_training("qwen2", make_args, dataset, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1, "num_iterations": 2, "max_steps": 2}], ids=["plain", "kl"])
+def test_a_training_step_with_lora_is_the_dense_one(make_args, dataset, options):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    assert_same_training("qwen2", make_args, dataset, peft_config=lora, **options)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "mixtral"])
+def test_a_training_step_of_other_families_is_the_dense_one(make_args, dataset, family):
+    assert_same_training(family, make_args, dataset, num_iterations=2, max_steps=2, beta=0.1)
+
+
+def test_a_training_step_with_the_load_balancing_loss_is_the_dense_one(make_args, dataset):
+    assert_same_training("qwen3_moe", make_args, dataset, router_aux_loss_coef=0.3, prune_threshold=0.0)
+
+
+def test_a_training_step_in_low_precision_is_near_the_dense_one(make_args, dataset):
+    assert_same_training("qwen2", make_args, dataset, tolerance=0.2, bf16=True, use_cpu=True)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "opt", "qwen3_next"])
+def test_who_cannot_share_trains_as_without_it(make_args, dataset, family):
+    with pytest.warns(UserWarning, match="Training computes dense rows"):
+        _, moves = train(family, make_args, dataset, "auto")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, expected = train(family, make_args, dataset, False)
+    assert not any("dense rows" in str(warning.message) for warning in caught)
+    for name, move in expected.items():  # with several threads, a mixture of experts adds in any order
+        torch.testing.assert_close(moves[name], move, rtol=1e-4, atol=1e-6)
+
+
+def test_virtual_tokens_train_as_without_sharing(make_args, dataset):
+    """PEFT puts virtual tokens before the rows and drops position ids."""
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    _, moves = train("qwen2", make_args, dataset, "auto", peft_config=config)
+    _, expected = train("qwen2", make_args, dataset, False, peft_config=config)
+    assert all(torch.allclose(moves[name], move, atol=1e-7) for name, move in expected.items())
+
+
+def test_a_first_row_of_padding_still_finds_out(make_args):
+    """The first prompt is so much shorter than the others that the check's tokens would all be padding."""
+    rows = Dataset.from_dict({"prompt": ["1=", "7+" * 25 + "1="] * 8})
+    with pytest.warns(UserWarning, match="Training computes dense rows"):
+        train("gemma3_bidirectional", make_args, rows, "auto")
+
+
+class CountingTrainer(TreeRPOTrainer):
+    """It records how many positions each forward pass for the loss computes."""
+
+    def _compute_loss(self, model, inputs):
+        def count(module, args, kwargs):
+            self.positions.append(kwargs["input_ids"].numel())
+
+        hook = model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            hook.remove()
+
+
+def test_the_loss_needs_fewer_positions_than_dense_rows(make_args, dataset):
+    """Prefixes are computed once, and what pruned groups sampled is not computed."""
+    counts = {}
+    for prefix_sharing in (True, False):
+        trainer = CountingTrainer(
+            load("qwen2", make_args), coin_reward, make_args(prefix_sharing=prefix_sharing, max_steps=1, seed=3),
+            train_dataset=dataset, processing_class=make_tokenizer(),
+        )  # fmt: skip
+        trainer.positions = []
+        trainer.train()
+        counts[prefix_sharing] = trainer.positions[-1]  # the first may be the check's
+    distinct = 0
+    for scored in trainer.last_trees:
+        tree = scored.tree
+        needed = {node for index, kept in enumerate(scored.kept) if kept for node in tree.path(index)}
+        distinct += len(tree.prompt_ids) + sum(len(tree.nodes[node].token_ids) for node in needed)
+        assert len(needed) < len(tree.nodes) - 1  # some are pruned
+    assert counts[True] <= distinct + 8
+    assert counts[True] < 0.7 * counts[False]
+
+
+def test_evaluation_is_the_dense_one(make_args, dataset):
+    losses = []
+    for prefix_sharing in (True, False):
+        trainer, _ = train(
+            "qwen2", make_args, dataset, prefix_sharing, eval_dataset=dataset.select(range(4)), eval_strategy="steps",
+            eval_steps=1, max_steps=2, num_generations_eval=4, per_device_eval_batch_size=8, beta=0.1,
+        )  # fmt: skip
+        losses.append([log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log])
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
