@@ -15,7 +15,7 @@ import train_data
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     """A folder to run in, with a dataset cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -23,7 +23,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ["missing.parquet", "./missing", "/no/such/folder", "~/no-such-file.jsonl"])
-def test_missing_dataset_is_named(workplace, name):
+def test_missing_dataset_is_named(folder, name):
     with pytest.raises(FileNotFoundError, match=r"there is no file or folder /.*"):
         train_data.load_split(name, None, "train", False)
 
@@ -36,7 +36,7 @@ ROWS = [
 
 @pytest.mark.parametrize("saved_as", ["rows.parquet", "rows.json", "rows.jsonl", "folder", "saved", "saved_splits"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_local_datasets_load(workplace, saved_as, streaming):
+def test_local_datasets_load(folder, saved_as, streaming):
     rows = Dataset.from_list(ROWS)
     if saved_as == "folder":
         rows.to_parquet("folder/train.parquet")

@@ -105,7 +105,7 @@ def math_rows() -> Dataset:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     """A folder to run in, with a module of rewards and a cache of its own."""
     (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
     monkeypatch.chdir(tmp_path)
@@ -134,10 +134,10 @@ def test_tokenizer_survives_save_and_load(model_path, math_rows):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_trains_on_math_by_accelerate_launch(workplace, model_path, math_rows):
+def test_trains_on_math_by_accelerate_launch(folder, model_path, math_rows):
     """A YAML file with command-line overrides, from a local parquet file to a model that loads again."""
-    math_rows.to_parquet(workplace / "math.parquet")
-    (workplace / "run.yaml").write_text(yaml.safe_dump({**RUN, "max_steps": 7, "dataset_name": "missing.parquet"}))
+    math_rows.to_parquet(folder / "math.parquet")
+    (folder / "run.yaml").write_text(yaml.safe_dump({**RUN, "max_steps": 7, "dataset_name": "missing.parquet"}))
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / "single_cpu.yaml"), str(ROOT / "examples/train.py")]
     command += ["--config", "run.yaml", "--dataset_name", "math.parquet", "--max_steps", "2"]
@@ -145,20 +145,20 @@ def test_trains_on_math_by_accelerate_launch(workplace, model_path, math_rows):
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "HF_HOME": str(workplace / "hf"),
+        "HF_HOME": str(folder / "hf"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    result = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Left out 2 of 42 rows" in result.stdout
     assert "Training completed" in result.stdout
 
     before = AutoModelForCausalLM.from_pretrained(model_path).state_dict()
-    after = AutoModelForCausalLM.from_pretrained(workplace / "out").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
     assert before.keys() == after.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
-    steps = [entry for entry in log_history(workplace / "out" / "checkpoint-2") if "tree/nodes" in entry]
+    steps = [entry for entry in log_history(folder / "out" / "checkpoint-2") if "tree/nodes" in entry]
     assert [entry["step"] for entry in steps] == [1, 2]
     for entry in steps:
         assert 2 <= entry["tree/leaves"] <= 4
@@ -166,26 +166,26 @@ def test_trains_on_math_by_accelerate_launch(workplace, model_path, math_rows):
         assert "rewards/accuracy_reward/mean" in entry and "rewards/parity_reward/mean" in entry
 
 
-def test_trains_lora_and_resumes(workplace, model_path, math_rows):
+def test_trains_lora_and_resumes(folder, model_path, math_rows):
     """LoRA flags save an adapter that peft loads; a run goes on from a checkpoint."""
-    math_rows.to_parquet(workplace / "math.parquet")
+    math_rows.to_parquet(folder / "math.parquet")
     config = {**RUN, "dataset_name": "math.parquet", "model_name_or_path": model_path, "output_dir": "out"}
     lora = ["--use_peft", "--lora_r", "4", "--lora_alpha", "8", "--lora_target_modules", "q_proj", "v_proj"]
     run_in_process(config, *lora)
-    before = log_history(workplace / "out" / "checkpoint-2")
+    before = log_history(folder / "out" / "checkpoint-2")
     run_in_process(config, *lora, "--max_steps", "4", "--resume_from_checkpoint", "out/checkpoint-2")
 
-    history = log_history(workplace / "out" / "checkpoint-4")
+    history = log_history(folder / "out" / "checkpoint-4")
     assert history[:2] == before  # with its timings: a run from the start would have others
     assert [entry["step"] for entry in history] == [1, 2, 3, 4]
-    model = AutoPeftModelForCausalLM.from_pretrained(workplace / "out")
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "out")
     assert model.peft_config["default"].r == 4
     adapter = {name: weight for name, weight in model.state_dict().items() if "lora_B" in name}
     assert len(adapter) == 4  # two layers, two projections; lora_B starts at zero
     assert all(weight.abs().max() > 0 for weight in adapter.values())
 
 
-def test_recipe_runs_on_rows_like_the_hubs(workplace, model_path, math_rows):
+def test_recipe_runs_on_rows_like_the_hubs(folder, model_path, math_rows):
     """The recipe, made small, on a folder with the columns of its dataset: problems and worked solutions."""
     rows = Dataset.from_dict(
         {
@@ -202,7 +202,7 @@ def test_recipe_runs_on_rows_like_the_hubs(workplace, model_path, math_rows):
     small += ["--eval_strategy", "steps", "--eval_steps", "2", "--num_generations_eval", "1"]
     small += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--disable_tqdm", "true"]
     train.main(*parse_args("--config", str(RECIPE), "--output_dir", "out", *small))
-    history = log_history(workplace / "out" / "checkpoint-2")
+    history = log_history(folder / "out" / "checkpoint-2")
     name = "rewards/accuracy_reward/mean"
     assert [entry[name] for entry in history if name in entry] == [0.0]  # one generation for the two updates
     assert [entry["eval_reward"] for entry in history if "eval_reward" in entry] == [0.0]
@@ -250,7 +250,7 @@ def test_remote_code_is_off_by_default():
         ("..reward", ["cannot be imported"]),
     ],
 )
-def test_bad_reward_is_named_before_anything_is_loaded(workplace, name, messages):
+def test_bad_reward_is_named_before_anything_is_loaded(folder, name, messages):
     args = ["--output_dir", "out", "--use_cpu", "--reward_funcs", name]
     with pytest.raises(ValueError) as error:
         train.main(*parse_args(*args, "--dataset_name", "missing.parquet", "--model_name_or_path", "no/such-model"))

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .packing import Gather, Group, TreeLayout
+from .layout import Gather, Group, TreeLayout
 
 
 PREFIX = "prefix_sharing_"

@@ -6,18 +6,19 @@ hidden state has a second label there. So each packed position has one label, an
 
 Nothing here knows of trees: the sharing is read off the rows, so repeats, prompts and chance overlaps count alike.
 
-Legend: B rows, L columns of a row (prompt and completion, padded), T completion columns, R segments, S packed tokens,
-Q queries and K keys of the longest segment of a group.
+Legend: B rows, L columns of a row (prompt and completion, padded), T completion columns, R segments, S packed tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from .layout import Gather, Group, TreeLayout
 
 
 IGNORED_LABEL = -100
@@ -25,93 +26,6 @@ IGNORED_LABEL = -100
 PADDING = -2
 # Segments are attended to together if padding them to one size costs at most this factor.
 MOST_PADDING = 1.2
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Positions to take from a sequence, most of them in runs of neighbours.
-
-    Args:
-        index: [N] the position each taken one comes from.
-        runs: (first taken, first position, length) of each run. They leave out padding, of which no gradient comes.
-    """
-
-    index: Tensor
-    runs: tuple[tuple[int, int, int], ...]
-
-
-@dataclass
-class Group:
-    """Segments that are attended to in one call, padded on the left to Q queries and K keys.
-
-    Args:
-        query_lengths: [R] queries of each segment.
-        key_lengths: [R] keys of each segment: those of its own path.
-    """
-
-    query_lengths: tuple[int, ...]
-    key_lengths: tuple[int, ...]
-    _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """R, Q and K."""
-        return len(self.query_lengths), max(self.query_lengths), max(self.key_lengths)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether nothing is padded."""
-        return len(set(self.query_lengths)) == len(set(self.key_lengths)) == 1
-
-    @property
-    def is_plainly_causal(self) -> bool:
-        """Whether every segment is a whole row, and none is padded."""
-        return self.is_even and self.query_lengths == self.key_lengths
-
-    def mask(self, sliding_window: int | None, repeats: int, device: torch.device) -> Tensor:
-        """(R or 1, 1, repeats * Q, K) which keys a query attends to: those of its path up to itself, in the window.
-
-        The mask is repeated along the queries for heads that are laid out there.
-        """
-        kind = (sliding_window, repeats)
-        if kind not in self._masks:
-            self._masks[kind] = self._make_mask(sliding_window, device).repeat(1, 1, repeats, 1)
-        return self._masks[kind]
-
-    def _make_mask(self, sliding_window: int | None, device: torch.device) -> Tensor:
-        _, num_queries, num_keys = self.shape
-        key_K = torch.arange(num_keys, device=device)
-        query_Q = torch.arange(num_keys - num_queries, num_keys, device=device)
-        distance_QK = query_Q[:, None] - key_K[None, :]
-        allowed_QK = distance_QK >= 0
-        if sliding_window is not None:
-            allowed_QK &= distance_QK < sliding_window
-        if self.is_even:
-            return allowed_QK[None, None]
-        key_lengths_R = torch.tensor(self.key_lengths, device=device)
-        query_lengths_R = torch.tensor(self.query_lengths, device=device)
-        is_key_RK = key_K >= num_keys - key_lengths_R[:, None]
-        is_query_RQ = query_Q >= num_keys - query_lengths_R[:, None]
-        # A padding query attends to every key, because one without any would be NaN.
-        allowed_RQK = (allowed_QK | ~is_query_RQ[:, :, None]) & is_key_RK[:, None, :]
-        return allowed_RQK[:, None]
-
-
-@dataclass
-class TreeLayout:
-    """How the packed positions attend to each other.
-
-    Args:
-        groups: All segments, in groups.
-        queries: Packed position of each query of the groups, one after the other; `None` if they are in order.
-        keys: Packed position of each key of the groups.
-        outputs: Position in the groups' outputs of each packed token; `None` if they are in order.
-    """
-
-    groups: list[Group]
-    queries: Gather | None
-    keys: Gather
-    outputs: Gather | None
 
 
 @dataclass
@@ -162,7 +76,7 @@ def pack_rows(
     """
     device, width = input_ids_BL.device, needed_BT.size(1)
     ids_BL, real_BL = input_ids_BL.cpu(), attention_mask_BL.bool().cpu()
-    num_rows, num_columns = ids_BL.shape
+    num_columns = ids_BL.size(1)
     column_L = torch.arange(num_columns)
     first_B = real_BL.int().argmax(dim=1)
     needed_BL = torch.zeros_like(real_BL)
@@ -173,41 +87,22 @@ def pack_rows(
     if every_token:
         ends_B = first_B + real_BL.sum(dim=1)
     starts, ends = _segments(ids_BL, real_BL, first_B.tolist(), ends_B.tolist())
-    lengths_B = torch.tensor(ends) - torch.tensor(starts)
+    grouped, packed_BL, row_S, column_S = _place(first_B.tolist(), starts, ends, num_columns)
 
-    order = sorted((row for row in range(num_rows) if lengths_B[row] > 0), key=lambda row: -int(lengths_B[row]))
-    key_lengths = [ends[row] - int(first_B[row]) for row in range(num_rows)]
-    grouped = _group(order, lengths_B.tolist(), key_lengths)
-    order = [row for rows in grouped for row in rows]
-    offset_B = torch.zeros(num_rows, dtype=torch.long)
-    order_R = torch.tensor(order)
-    offset_B[order_R] = lengths_B[order_R].cumsum(0) - lengths_B[order_R]
-
-    # The segment that computes a column of a row is the last one, among those of the rows up to it, that begins at or
-    # before the column: every later row shares the column with the row before it.
-    start_B = torch.tensor(starts)
-    begins_BL = (start_B[:, None] <= column_L) & (lengths_B > 0)[:, None]
-    owner_BL = torch.where(begins_BL, torch.arange(num_rows)[:, None], 0).cummax(dim=0).values
-    packed_BL = offset_B[owner_BL] + column_L - start_B[owner_BL]
-
-    size = int(lengths_B.clamp(min=0).sum())
-    row_S = torch.repeat_interleave(order_R, lengths_B[order_R])
-    column_S = torch.arange(size) - offset_B[row_S] + start_B[row_S]
-    is_label_S = torch.zeros(size, dtype=torch.bool)
+    is_label_S = torch.zeros(len(row_S), dtype=torch.bool)
     is_label_S[packed_BL[:, :-1][needed_BL[:, 1:]]] = True
     next_S = ids_BL[row_S, (column_S + 1).clamp(max=num_columns - 1)]
     covered_BL = real_BL & (column_L < ends_B[:, None])
     source_BT = packed_BL[:, num_columns - width - 1 : -1]
     available_BT = needed_BL[:, num_columns - width :]
-    layout = _lay_out(grouped, packed_BL, first_B.tolist(), starts, ends, device)
     return PackedRows(
         input_ids=ids_BL[row_S, column_S][None].to(device),
         position_ids=column_S[None].to(device),
         labels=next_S.masked_fill(~is_label_S, IGNORED_LABEL)[None].to(device),
-        counts=torch.bincount(packed_BL[covered_BL], minlength=size)[None].to(device),
+        counts=torch.bincount(packed_BL[covered_BL], minlength=len(row_S))[None].to(device),
         source_BT=source_BT.masked_fill(~available_BT, 0).to(device),
         available_BT=available_BT.to(device),
-        layout=layout,
+        layout=_lay_out(grouped, packed_BL, first_B.tolist(), starts, ends, device),
     )
 
 
@@ -231,9 +126,36 @@ def _segments(
     return starts, ends
 
 
-def _group(order: Sequence[int], lengths: Sequence[int], key_lengths: Sequence[int]) -> list[list[int]]:
-    """Neighbours in order of length go together while padding stays small. Equal shapes always do."""
-    order = sorted(order, key=lambda row: (-lengths[row], -key_lengths[row]))
+def _place(
+    firsts: Sequence[int], starts: Sequence[int], ends: Sequence[int], num_columns: int
+) -> tuple[list[list[int]], Tensor, Tensor, Tensor]:
+    """Put the segments one after the other, group by group.
+
+    Returns:
+        The rows of each group; (B, L) the packed position of each column of each row; [S] the row and [S] the column
+        of each packed position. A column that nobody computes has a position without meaning.
+    """
+    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    grouped = _group(lengths, [end - first for first, end in zip(firsts, ends, strict=True)])
+    order_R = torch.tensor([row for rows in grouped for row in rows])
+    length_B, start_B, column_L = torch.tensor(lengths), torch.tensor(starts), torch.arange(num_columns)
+    offset_B = torch.zeros_like(length_B)
+    offset_B[order_R] = length_B[order_R].cumsum(0) - length_B[order_R]
+    # The segment that computes a column of a row is the last one, among those of the rows up to it, that begins at or
+    # before the column: every later row shares the column with the row before it.
+    begins_BL = (start_B[:, None] <= column_L) & (length_B > 0)[:, None]
+    owner_BL = torch.where(begins_BL, torch.arange(len(starts))[:, None], 0).cummax(dim=0).values
+    packed_BL = offset_B[owner_BL] + column_L - start_B[owner_BL]
+    row_S = torch.repeat_interleave(order_R, length_B[order_R])
+    column_S = torch.arange(len(row_S)) - offset_B[row_S] + start_B[row_S]
+    return grouped, packed_BL, row_S, column_S
+
+
+def _group(lengths: Sequence[int], key_lengths: Sequence[int]) -> list[list[int]]:
+    """Rows with a segment; neighbours in order of length go together while padding stays small. Equals always do."""
+    order = sorted(
+        (row for row, length in enumerate(lengths) if length > 0), key=lambda row: (-lengths[row], -key_lengths[row])
+    )
     groups: list[list[int]] = []
     area = 0
     for row in order:
