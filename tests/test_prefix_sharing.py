@@ -606,3 +606,18 @@ def test_evaluation_is_the_dense_one(make_args, dataset):
         losses.append([log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log])
     assert len(losses[0]) == 2
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_tokens_left_out_of_the_loss_keep_their_old_log_probabilities(model, make_args, dataset):
+    """Their ratio is 1 then. Any other filling could overflow it, and infinity times a mask of zero is NaN."""
+    trainer = TreeRPOTrainer(
+        model, coin_reward, make_args(prefix_sharing=True), train_dataset=dataset, processing_class=make_tokenizer()
+    )
+    input_ids = torch.tensor([[5, 6, 7, 8, 9, 10]] * 2)
+    input_ids[1, 4:] = 11
+    tool_mask = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    old = torch.full((2, 4), -200.0)
+    trainer._loss_inputs = {"tool_mask": tool_mask, "old_per_token_logps": old}
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(model, input_ids, torch.ones_like(input_ids), 4)
+    assert torch.equal(logps[tool_mask == 0], old[tool_mask == 0])
+    assert (logps[tool_mask == 1] > -100).all()
