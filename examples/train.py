@@ -236,7 +236,7 @@ def main(script_args: TreeRPOScriptArguments, training_args: TreeRPOConfig, mode
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
 
-    trainer.end()  # finish the trackers and destroy the process group
+    trainer.accelerator.end_training()  # finishes the trackers and destroys the process group
 
 
 def make_parser() -> TrlParser:

@@ -3,7 +3,7 @@
 import pytest
 from trl import TrlParser
 
-from treerpo_trl import TreeRPOConfig, rows, treerpo_config
+from treerpo_trl import TreeRPOConfig, compatibility, rows
 
 
 def make(**options) -> TreeRPOConfig:
@@ -72,8 +72,12 @@ def test_a_resolved_configuration_resolves_to_itself():
         ({"scale_rewards": "none"}, "scale_rewards='none' .*'centered'"),
         ({"scale_rewards": False}, "scale_rewards=False .*'centered'"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "normalize_then_sum"),
-        ({"use_vllm": True}, "use_vllm=True .* Use use_vllm=False"),
-        ({"use_transformers_continuous_batching": True}, "cannot fork the cache"),
+        ({"use_transformers_continuous_batching": True}, "starts each call with an empty cache"),
+        ({"use_vllm": True, "vllm_importance_sampling_mode": "sequence_mask"}, "='token_mask' or 'token_truncate'"),
+        ({"use_vllm": True, "vllm_structured_outputs_regex": "a+"}, "each segment would have to match it anew"),
+        ({"use_vllm": True, "generation_kwargs": {"seed": 1}}, "seed=1, .* draw all siblings alike"),
+        ({"use_vllm": True, "generation_kwargs": {"max_tokens": 9}}, "max_tokens=9, .* set segment_length"),
+        ({"use_vllm": True, "generation_kwargs": {"frequency_penalty": 1.0}}, "use repetition_penalty"),
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"generation_kwargs": {"num_beams": 4}}, "num_beams=4, .* sampled independently"),
         ({"generation_kwargs": {"max_new_tokens": 9}}, "max_new_tokens=9, .* set segment_length"),
@@ -85,8 +89,14 @@ def test_inconsistent_configurations_name_the_values_and_the_fix(options, messag
         make(**options)
 
 
+def test_vllm_is_corrected_token_by_token():
+    assert make(use_vllm=True).vllm_importance_sampling_mode == "token_mask"
+    make(use_vllm=True, vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0)
+    make(use_vllm=True, vllm_importance_sampling_correction=False, vllm_importance_sampling_mode="sequence_mask")
+
+
 def test_every_allowed_loss_weighting_exists():
-    assert tuple(rows.LOSS_WEIGHTINGS) == treerpo_config.LOSS_WEIGHTINGS
+    assert tuple(rows.LOSS_WEIGHTINGS) == compatibility.LOSS_WEIGHTINGS
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "cispo", "dr_grpo"])

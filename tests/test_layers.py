@@ -14,14 +14,15 @@ MAY_IMPORT = {
     "tree": set(),
     "credit": {"treerpo_trl.tree"},
     "sampling": {"treerpo_trl.tree"},
-    "backends": {"treerpo_trl.tree", "torch", "transformers"},
+    "backends": {"treerpo_trl.tree", "accelerate", "torch", "transformers"},
     "rows": {"treerpo_trl.tree", "torch"},
     "scoring": {"torch", "trl"},
     "prefix_sharing": {"torch", "transformers"},
     "metrics": {"treerpo_trl.tree", "treerpo_trl.credit"},
     "views": {"treerpo_trl.tree", "treerpo_trl.credit", "rich"},
     "evaluation": {"torch", "tqdm", "transformers", "trl"},
-    "treerpo_config": {"treerpo_trl.credit", "trl"},
+    "compatibility": {"treerpo_trl.credit"},
+    "treerpo_config": {"treerpo_trl.compatibility", "trl"},
     "validation": {"treerpo_trl.treerpo_config", "datasets", "transformers"},
 }
 TRAINER = {f"treerpo_trl.{name}" for name in MAY_IMPORT} | {"accelerate", "datasets", "torch", "transformers", "trl"}

@@ -8,7 +8,7 @@ from conftest import make_tokenizer, spread_reward
 from trl import GRPOConfig, GRPOTrainer
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.treerpo_config import LOSS_TYPES
+from treerpo_trl.compatibility import LOSS_TYPES
 
 
 SEAMS = {
@@ -124,7 +124,7 @@ def test_micro_batches_hold_neighbouring_rows(model, make_args, dataset, tokeniz
 
 def test_the_configuration_class_extends_grpos():
     assert issubclass(TreeRPOConfig, GRPOConfig)
-    changed = {"num_generations", "max_completion_length"}
+    changed = {"num_generations", "max_completion_length", "vllm_importance_sampling_mode"}
     for name, field in GRPOConfig.__dataclass_fields__.items():
         ours = TreeRPOConfig.__dataclass_fields__[name]
         assert name in changed or ours.default == field.default, f"{name} differs from TRL's default"

@@ -127,6 +127,20 @@ class Tree:
         """Every token sampled on the way to `index`, the prompt left out."""
         return [token for node in self.path(index) for token in self.nodes[node].token_ids]
 
+    def completion_logprobs(self, index: int) -> list[float]:
+        """The log-probability, in nats, that each token of [`completion_ids`] was drawn with.
+
+        Raises:
+            ValueError: The backend did not report them.
+        """
+        logprobs: list[float] = []
+        for node in self.path(index):
+            own = self.nodes[node].logprobs
+            if own is None:
+                raise ValueError(f"node {node} has no log-probabilities; the backend that drew it reports none")
+            logprobs += own
+        return logprobs
+
     @property
     def prompt_ids(self) -> tuple[int, ...]:
         """The prompt's tokens."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
-from .credit import ESTIMATORS
+from .compatibility import refuse_owned_generation_kwargs, refuse_unsupported
 
 
 if TYPE_CHECKING:
@@ -21,18 +21,6 @@ else:  # what the command line parses
 
 DEFAULT_MAX_DEPTH = 3
 DEFAULT_SEGMENT_LENGTH = 128
-LOSS_TYPES = ("dapo", "bnpo", "cispo", "dr_grpo")
-LOSS_WEIGHTINGS = ("token", "node")
-# Generation options that would take a wave's length, or the i.i.d. sampling of siblings, out of the tree's hands.
-TREE_OWNED_GENERATION_KWARGS = {
-    "max_new_tokens": "set segment_length and max_depth",
-    "max_length": "set segment_length and max_depth",
-    "min_new_tokens": "it would act on each segment; remove it",
-    "num_beams": "siblings are sampled independently; remove it",
-    "num_return_sequences": "set branching_factor",
-    "use_cache": "remove it; trees are grown on the cache",
-    "cache_implementation": "remove it; only the default cache can be forked",
-}
 
 
 @dataclass
@@ -64,7 +52,8 @@ class TreeRPOConfig(GRPOConfig):
             `"token"`: the loss is a mean over all kept tokens (the authors' code). `"node"`: a mean over kept nodes of
             the mean over a node's tokens (eq. 5 as printed).
         max_frontier_rows (`int`, *optional*, defaults to `256`):
-            Most branches decoded at a time. It bounds the memory that sampling takes.
+            Most branches decoded at a time. It bounds the memory that sampling takes. vLLM schedules by itself and
+            does not need it.
         prefix_sharing (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
             Whether the training forward computes each distinct token of a micro-batch once, instead of row by row. The
             log-probabilities and gradients are those of dense rows. `"auto"` shares if the model can and warns with
@@ -75,6 +64,9 @@ class TreeRPOConfig(GRPOConfig):
         max_completion_length (`int`, *optional*):
             Most tokens of a completion. Defaults to `max_depth * segment_length`; it may be smaller by less than a
             segment, which makes the last segment the shorter one.
+        vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_mask"`):
+            As in TRL, but by token: `"token_mask"` or `"token_truncate"`. A row holds only the tokens it owns of a
+            tree, so the ratio of its whole sequence says nothing about them.
     """
 
     branching_factor: Branching = field(
@@ -141,19 +133,23 @@ class TreeRPOConfig(GRPOConfig):
         },
     )
 
+    vllm_importance_sampling_mode: str = field(
+        default="token_mask",
+        metadata={
+            "help": "How the importance sampling ratios between vLLM and the model are bounded: 'token_mask' (those "
+            "outside the bounds count 0) or 'token_truncate' (they are clipped)."
+        },
+    )
+
     def __post_init__(self) -> None:
         self._derive_tree()
         self.prefix_sharing = {"true": True, "false": False}.get(str(self.prefix_sharing).lower(), self.prefix_sharing)
-        self._refuse_unsupported()
+        refuse_unsupported(self)
         if self.generation_batch_size is None:
             self._check_trees_fit(self.steps_per_generation or self.gradient_accumulation_steps)
         super().__post_init__()  # resolves steps_per_generation, and parses generation_kwargs from the command line
         self._check_trees_fit(self.steps_per_generation)
-        for name, fix in TREE_OWNED_GENERATION_KWARGS.items():
-            if name in (self.generation_kwargs or {}):
-                raise ValueError(
-                    f"generation_kwargs has {name}={self.generation_kwargs[name]!r}, which the tree decides: {fix}"
-                )
+        refuse_owned_generation_kwargs(self)
 
     @classmethod
     def paper(
@@ -232,38 +228,6 @@ class TreeRPOConfig(GRPOConfig):
                 f"{self.segment_length} tokens make completions of {most - self.segment_length + 1} to {most}; leave "
                 f"max_completion_length unset, or leave segment_length unset to have it derived"
             )
-
-    def _refuse_unsupported(self) -> None:
-        """Refuse what would be wrong, or silently without effect, on trees: (parameter, allowed, reason and fix)."""
-        rules: list[tuple[str, Sequence[Any], str]] = [
-            ("advantage_estimator", tuple(ESTIMATORS), "choose one of these"),
-            ("loss_weighting", LOSS_WEIGHTINGS, "choose one of these"),
-            ("prefix_sharing", ("auto", True, False), "choose one of these"),
-            (
-                "loss_type",
-                LOSS_TYPES,
-                "the other losses average over each row, but a row holds only the tokens it owns of a tree",
-            ),
-            ("importance_sampling_level", ("token",), "a row of a tree holds only the tokens it owns of its sequence"),
-            ("off_policy_mask_threshold", (None,), "it masks whole rows, which share their tokens with other rows"),
-            ("scale_rewards", ("group", True), "advantage_estimator scales the advantages; 'centered' does not scale"),
-            (
-                "multi_objective_aggregation",
-                ("sum_then_normalize",),
-                "a leaf's value is the weighted sum of its rewards",
-            ),
-            ("use_vllm", (False,), "trees are grown with transformers' generate"),
-            ("use_transformers_continuous_batching", (False,), "it cannot fork the cache of a branch"),
-            ("use_transformers_paged", (False,), "it cannot fork the cache of a branch"),
-            ("cache_implementation", (None,), "only the default cache can be forked"),
-        ]
-        for name, allowed, reason in rules:
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(
-                    f"{name}={value!r} does not work with trees: {reason}. Use {name}="
-                    + " or ".join(repr(choice) for choice in allowed)
-                )
 
     def _check_trees_fit(self, steps_per_generation: int) -> None:
         """A whole tree lives on one process, so a process must generate a whole number of trees."""

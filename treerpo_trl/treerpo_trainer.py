@@ -22,7 +22,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id
 
-from .backends import TransformersBackend
+from .backends import TransformersBackend, VLLMBackend, find_context_length
 from .credit import ScoredTree, assign
 from .metrics import tree_metrics
 from .prefix_sharing import PrefixSharing
@@ -84,6 +84,7 @@ class TreeRPOTrainer(GRPOTrainer):
 
     reward_funcs: list[Any]
     _buffered_inputs: list[dict[str, Any]] | None
+    _last_loaded_step: int
 
     _tag_names = ["trl", "treerpo"]
     _name = "TreeRPO"
@@ -145,10 +146,15 @@ class TreeRPOTrainer(GRPOTrainer):
         self._trees: list[Tree] = []
         self._can_fork_caches = True
         self._rewards_per_func = torch.empty(0)
-        text_config = self.model.config.get_text_config()
-        self._max_prompt_length = getattr(text_config, "max_position_embeddings", None)
-        if self._max_prompt_length is not None:
-            self._max_prompt_length -= config.max_completion_length
+        contexts = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
+        if self.use_vllm:
+            contexts.append(find_context_length(self.vllm_generation))
+        known = [context for context in contexts if context is not None]
+        self._max_prompt_length = min(known) - config.max_completion_length if known else None
+        # Where every forward pass of the model gathers its shards, processes must run it equally often.
+        is_gathered = self._dist.is_zero3 and args.ds3_gather_for_generation
+        is_sharded = self._dist.is_fsdp or (self._dist.is_zero3 and not is_gathered)
+        self._must_sync_generation = is_sharded and self.accelerator.num_processes > 1
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         self._prefix_sharing = PrefixSharing(args.prefix_sharing, models, self.accelerator)
         self._loss_inputs: dict[str, Any] | None = None
@@ -171,6 +177,12 @@ class TreeRPOTrainer(GRPOTrainer):
         # TRL repeats each prompt num_generations times; distinct ones are told by position, as prompts may be equal.
         prompts = prompt_ids[::num_generations]
         check_prompt_lengths(prompts, self._max_prompt_length, self.max_completion_length)
+        self._trees = self._grow_with_vllm(prompts) if self.use_vllm else self._grow(prompts)
+        rows = [(tree, leaf) for tree in self._trees for leaf in slots(tree, self.tree_shape.branching)]
+        completion_ids = [tree.completion_ids(leaf) for tree, leaf in rows]
+        return completion_ids, [tree.completion_logprobs(leaf) for tree, leaf in rows] if self.use_vllm else None
+
+    def _grow(self, prompts: list[list[int]]) -> list[Tree]:
         with self._generating() as model:
             backend = TransformersBackend(
                 model=model,
@@ -180,13 +192,25 @@ class TreeRPOTrainer(GRPOTrainer):
                 max_rows=self.args.max_frontier_rows,
                 tokenizer=self._tokenizer,
                 fork_caches=self._can_fork_caches,
+                synced_gpus=self._must_sync_generation,
             )
-            self._trees = grow(prompts, self.tree_shape, backend)
+            trees = grow(prompts, self.tree_shape, backend)
             self._can_fork_caches = backend.fork_caches
-        completion_ids = [
-            tree.completion_ids(leaf) for tree in self._trees for leaf in slots(tree, self.tree_shape.branching)
-        ]
-        return completion_ids, None
+        return trees
+
+    def _grow_with_vllm(self, prompts: list[list[int]]) -> list[Tree]:
+        if self.state.global_step != self._last_loaded_step:
+            with profiling_context(self, "sync_weights"):
+                self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        backend = VLLMBackend(
+            self.vllm_generation,
+            eos_token_ids=self.eos_token_ids,
+            tokenizer=self._tokenizer,
+            profile=lambda: profiling_context(self, "vLLM.generate"),
+        )
+        with backend.awake():
+            return grow(prompts, self.tree_shape, backend)
 
     @contextmanager
     def _generating(self) -> Iterator[PreTrainedModel]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import (
     Cache,
     DynamicCache,
@@ -24,9 +24,9 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..tree import ROOT, Segment, Tree
+from .caches import fork, is_forkable
 
 
 @dataclass
@@ -63,6 +63,9 @@ class TransformersBackend:
         tokenizer: Needed for `generation_config.stop_strings` only.
         fork_caches: Whether to continue from forked caches. `False` prefills every prefix again, which is slower and
             draws from the same distribution. Models whose cache cannot be forked do so in any case, with a warning.
+        synced_gpus: Whether processes hold shards of one model, so that all must run it equally often. Each then makes
+            as many calls a wave as the one with most, and each call lasts until all have finished theirs. Every
+            process must bring the same number of trees.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class TransformersBackend:
         max_rows: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         fork_caches: bool = True,
+        synced_gpus: bool = False,
     ):
         self.model = model
         self.generation_config = copy.deepcopy(generation_config)
@@ -81,6 +85,7 @@ class TransformersBackend:
         self.pad_token_id = pad_token_id
         self.max_rows = max_rows
         self.fork_caches = fork_caches
+        self.synced_gpus = synced_gpus
         # `generate` would stop at them without telling which rows stopped, so they are watched here.
         self.stop_strings = self.generation_config.stop_strings
         self.generation_config.stop_strings = None
@@ -105,6 +110,9 @@ class TransformersBackend:
             parents_by_block[id(self._places[branch][0])].append(branch)
         segments: dict[tuple[int, int], list[Segment]] = defaultdict(list)
         places: dict[tuple[int, int], tuple[_Block, int]] = {}
+        if self.synced_gpus:
+            sizes = [len(parents) * num_children for parents in parents_by_block.values()]
+            self._keep_pace(sum(-(-size // self.max_rows) for size in sizes))
         for parents in parents_by_block.values():
             rows = [parent for parent in parents for _ in range(num_children)]
             for start in range(0, len(rows), self.max_rows):
@@ -131,24 +139,13 @@ class TransformersBackend:
         block = _Block(torch.tensor(padded, device=device), torch.tensor(mask, device=device), cache=None)
         if self.fork_caches and width == 1:
             block.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+            if self.synced_gpus:  # other processes may have prompts to prefill
+                self._generate_greedily(block.input_ids, block.attention_mask)
         elif self.fork_caches:
-            # A greedy `generate` of one token leaves the random state alone and prepares positions, masks and the
-            # kind of cache the way the model wants them.
-            output = self.model.generate(
-                input_ids=block.input_ids[:, :-1],
-                attention_mask=block.attention_mask[:, :-1],
-                generation_config=GenerationConfig(
-                    max_new_tokens=1,
-                    do_sample=False,
-                    pad_token_id=self.pad_token_id,
-                    eos_token_id=self.generation_config.eos_token_id,
-                    bos_token_id=self.generation_config.bos_token_id,
-                    return_dict_in_generate=True,
-                    disable_compile=True,
-                ),
-            )
+            # This prepares positions, masks and the kind of cache the way the model wants them.
+            output = self._generate_greedily(block.input_ids[:, :-1], block.attention_mask[:, :-1])
             block.cache = output.past_key_values
-        if self.fork_caches and not _is_forkable(block.cache):
+        if self.fork_caches and not is_forkable(block.cache):
             warnings.warn(
                 f"The cache of {type(self.model).__name__} cannot be forked (it is not made of per-token keys and "
                 "values alone), so every wave prefills its prefixes again. Sampling is slower, not different.",
@@ -165,7 +162,7 @@ class TransformersBackend:
         block = self._places[parents[0]][0]
         rows = torch.tensor([self._places[parent][1] for parent in parents], device=block.input_ids.device)
         input_ids, attention_mask = block.input_ids[rows], block.attention_mask[rows]
-        cache = None if block.cache is None else _fork(block.cache, rows, max_tokens)
+        cache = None if block.cache is None else fork(block.cache, rows, max_tokens)
         arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
         watcher = None
         if self.stop_strings is not None:
@@ -174,7 +171,11 @@ class TransformersBackend:
         generation_config = copy.deepcopy(self.generation_config)
         generation_config.max_new_tokens = max_tokens
         output = self.model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config, **arguments
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            synced_gpus=self.synced_gpus,
+            **arguments,
         )
         drawn = self._cut(output[:, input_ids.size(1) :], watcher)
         alive = [row for row, segment in enumerate(drawn) if not segment.ended]
@@ -185,6 +186,31 @@ class TransformersBackend:
             cache.batch_select_indices(alive_R)
         grown = attention_mask.new_ones(len(drawn), output.size(1) - input_ids.size(1))
         return _Block(output[alive_R], torch.cat([attention_mask, grown], dim=1)[alive_R], cache), drawn
+
+    def _keep_pace(self, num_calls: int) -> None:
+        """Make the calls that this process has fewer in this wave than the one with most, on a token of no matter."""
+        most_calls = torch.tensor(num_calls, device=self.model.device)
+        distributed.all_reduce(most_calls, op=distributed.ReduceOp.MAX)
+        token = torch.full((1, 1), self.pad_token_id, device=self.model.device)
+        for _ in range(int(most_calls) - num_calls):
+            self._generate_greedily(token, torch.ones_like(token))
+
+    def _generate_greedily(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """`generate` one token, which leaves the random state alone; what it gives is the cache."""
+        return self.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=1,
+                do_sample=False,
+                pad_token_id=self.pad_token_id,
+                eos_token_id=self.generation_config.eos_token_id,
+                bos_token_id=self.generation_config.bos_token_id,
+                return_dict_in_generate=True,
+                disable_compile=True,
+            ),
+            synced_gpus=self.synced_gpus,
+        )
 
     def _cut(self, drawn_ids: Tensor, watcher: _StopStringWatcher | None) -> list[Segment]:
         """Cut each row after its first end-of-sequence token or stop string; the rest is padding."""
@@ -225,60 +251,3 @@ def _first_children(
         first_child[branch] = next_index[branch[0]]
         next_index[branch[0]] += num_children
     return first_child
-
-
-def _is_forkable(cache: Any) -> bool:
-    """Whether every layer of the cache is one tensor of keys and one of values, row by row.
-
-    Subclasses are refused: layers of hybrid models derive from these and hold a recurrent state besides, which
-    `batch_select_indices` would leave unforked.
-    """
-    return isinstance(cache, Cache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, _RoomyLayer) for layer in cache.layers
-    )
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for the tokens to come, written in place.
-
-    Its parent class concatenates instead, which copies the whole prefix at every token.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int):
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        *shape, length, _ = keys.shape
-        self._buffers = [states.new_empty(*shape, length + room, states.size(-1)) for states in (keys, values)]
-        self._write(0, keys, values)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        length = self.keys.size(-2)
-        if length + key_states.size(-2) > self._buffers[0].size(-2):
-            return super().update(key_states, value_states, *args, **kwargs)
-        self._write(length, key_states, value_states)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._buffers = [self.keys, self.values]  # lets go of the rows that were not selected
-
-    def _write(self, start: int, keys: Tensor, values: Tensor) -> None:
-        length = keys.size(-2)
-        key_buffer, value_buffer = self._buffers
-        key_buffer.narrow(-2, start, length).copy_(keys)
-        value_buffer.narrow(-2, start, length).copy_(values)
-        self.keys = key_buffer.narrow(-2, 0, start + length)
-        self.values = value_buffer.narrow(-2, 0, start + length)
-
-
-def _fork(cache: Cache, rows: Tensor, room: int) -> Cache:
-    """A new cache whose row i is row rows[i] of `cache`, with room for more tokens. `cache` stays as it is."""
-    fork = copy.copy(cache)
-    fork.layers = []
-    for layer in cache.layers:
-        if layer.is_initialized and not layer.is_sliding:
-            fork.layers.append(_RoomyLayer(layer.keys[rows], layer.values[rows], room))
-        else:  # a window drops tokens as it moves, so there is no room to write in place
-            fork.layers.append(copy.copy(layer))
-            fork.layers[-1].batch_select_indices(rows)
-    return fork

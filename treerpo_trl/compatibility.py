@@ -1,0 +1,98 @@
+"""What of GRPOConfig does not work on trees, or would be silently without effect, with the reason and what to use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .credit import ESTIMATORS
+
+
+LOSS_TYPES = ("dapo", "bnpo", "cispo", "dr_grpo")
+LOSS_WEIGHTINGS = ("token", "node")
+NO_CONTINUOUS_BATCHING = (
+    "it starts each call with an empty cache, so every wave would compute its prompts and paths again; the default "
+    "computes each token once, and so does use_vllm=True"
+)
+# Generation options that would take a wave's length, or the i.i.d. sampling of siblings, out of the tree's hands.
+TREE_OWNED_GENERATION_KWARGS = {
+    "max_new_tokens": "set segment_length and max_depth",
+    "max_length": "set segment_length and max_depth",
+    "min_new_tokens": "it would act on each segment; remove it",
+    "num_beams": "siblings are sampled independently; remove it",
+    "num_return_sequences": "set branching_factor",
+    "use_cache": "remove it; trees are grown on the cache",
+    "cache_implementation": "remove it; only the default cache can be forked",
+}
+# The same for vLLM, where each segment is a request of its own.
+TREE_OWNED_VLLM_KWARGS = {
+    "n": "set branching_factor",
+    "max_tokens": "set segment_length and max_depth",
+    "min_tokens": "it would act on each segment; remove it",
+    "seed": "it would draw all siblings alike; remove it",
+    "logprobs": "remove it; the sampled tokens' are kept in any case",
+    "presence_penalty": "vLLM would count the tokens of one segment, not of its path; use repetition_penalty",
+    "frequency_penalty": "vLLM would count the tokens of one segment, not of its path; use repetition_penalty",
+    "structured_outputs": "it would begin anew at each segment; remove it",
+    "truncate_prompt_tokens": "it would cut the path that a segment continues; remove it",
+}
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Check the parameters of a configuration that trees narrow down.
+
+    Raises:
+        ValueError: A parameter has a value that does not work; the message has the reason and those that do.
+    """
+    rules = _RULES + (_VLLM_RULES if config.use_vllm else [])
+    if config.use_vllm and config.vllm_importance_sampling_correction:
+        rules = [*rules, _IMPORTANCE_SAMPLING_RULE]
+    for name, allowed, reason in rules:
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(
+                f"{name}={value!r} does not work with trees: {reason}. Use {name}="
+                + " or ".join(repr(choice) for choice in allowed)
+            )
+
+
+def refuse_owned_generation_kwargs(config: Any) -> None:
+    """Check the generation options of a configuration.
+
+    Raises:
+        ValueError: One of them is the tree's to decide; the message says what to do instead.
+    """
+    owned = TREE_OWNED_VLLM_KWARGS if config.use_vllm else TREE_OWNED_GENERATION_KWARGS
+    for name, fix in owned.items():
+        if name in (config.generation_kwargs or {}):
+            raise ValueError(
+                f"generation_kwargs has {name}={config.generation_kwargs[name]!r}, which the tree decides: {fix}"
+            )
+
+
+# (parameter, allowed values, reason and fix)
+_RULES: list[tuple[str, Sequence[Any], str]] = [
+    ("advantage_estimator", tuple(ESTIMATORS), "choose one of these"),
+    ("loss_weighting", LOSS_WEIGHTINGS, "choose one of these"),
+    ("prefix_sharing", ("auto", True, False), "choose one of these"),
+    (
+        "loss_type",
+        LOSS_TYPES,
+        "the other losses average over each row, but a row holds only the tokens it owns of a tree",
+    ),
+    ("importance_sampling_level", ("token",), "a row of a tree holds only the tokens it owns of its sequence"),
+    ("off_policy_mask_threshold", (None,), "it masks whole rows, which share their tokens with other rows"),
+    ("scale_rewards", ("group", True), "advantage_estimator scales the advantages; 'centered' does not scale"),
+    ("multi_objective_aggregation", ("sum_then_normalize",), "a leaf's value is the weighted sum of its rewards"),
+    ("use_transformers_continuous_batching", (False,), NO_CONTINUOUS_BATCHING),
+    ("use_transformers_paged", (False,), NO_CONTINUOUS_BATCHING),
+    ("cache_implementation", (None,), "only the default cache can be forked"),
+]
+_VLLM_RULES: list[tuple[str, Sequence[Any], str]] = [
+    ("vllm_structured_outputs_regex", (None,), "each segment would have to match it anew"),
+]
+_IMPORTANCE_SAMPLING_RULE: tuple[str, Sequence[Any], str] = (
+    "vllm_importance_sampling_mode",
+    ("token_mask", "token_truncate"),
+    "the others weigh a row by its whole sequence, but a row holds only the tokens it owns",
+)
