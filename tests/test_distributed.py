@@ -1,52 +1,209 @@
-"""Two CPU processes over gloo: whole trees on each, one model on both, packed rows as dense ones."""
+"""Two CPU processes over gloo under every engine: no hang, one model on both, the gradient of one process.
+
+Each engine is launched once, as a user launches it, and runs scenarios of `distributed_run.py` one after the other.
+"""
 
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import distributed_run
 import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from treerpo_trl.compatibility import LOSS_TYPES
 
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# Configuration of `accelerate launch` -> the engine that it must bring about.
+ENGINES = {
+    "multi_cpu": "MULTI_CPU",
+    "fsdp2_cpu": "FSDP",
+    "deepspeed_zero1_cpu": "DEEPSPEED",
+    "deepspeed_zero2_cpu": "DEEPSPEED",
+    "deepspeed_zero3_cpu": "DEEPSPEED",
+}
+HANG = 240  # seconds; a launch takes about 15, and one that compiles DeepSpeed's communication 30 more
+
+pytestmark = pytest.mark.slow
 
 
-def run(model_path, output_dir, prefix_sharing: str) -> list[dict]:
-    """What each process saw. A hang is a failure after four minutes."""
-    output_dir.mkdir()
-    command = [*LAUNCH, "tests/distributed_run.py", model_path, str(output_dir), prefix_sharing]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def launch_command(config: str, *options: str) -> list[str]:
+    """`accelerate launch` of distributed_run.py, to be completed with its arguments."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"accelerate_configs/{config}.yaml",
+    ]
+    wrapper = ["examples/fsdp_on_cpu.py"] if config.startswith("fsdp") else []
+    return [*command, *options, *wrapper, "tests/distributed_run.py"]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+@dataclass
+class Run:
+    """What the two processes left of a scenario."""
+
+    folder: Path
+
+    @property
+    def seen(self) -> list[dict]:
+        return [json.loads((self.folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+
+    @property
+    def parameters(self) -> list[dict[str, Tensor]]:
+        return [torch.load(self.folder / f"rank_{rank}.pt") for rank in range(2)]
+
+
+def scenarios_of(config: str) -> dict[str, str]:
+    """Name -> scenario for distributed_run.py."""
+    scenarios = {
+        "full": "uneven",
+        "lora": 'uneven={"lora": true}',
+        "given-dapo": 'given={"loss_type": "dapo", "prefix_sharing": true}',
+    }
+    if config == "multi_cpu":
+        for loss_type in LOSS_TYPES[1:]:
+            scenarios[f"given-{loss_type}"] = f'given={{"loss_type": "{loss_type}", "prefix_sharing": true}}'
+    if config == "deepspeed_zero3_cpu":
+        scenarios["sharded"] = 'uneven={"ds3_gather_for_generation": false}'
+    return scenarios
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def runs(request, model_path, tmp_path_factory) -> tuple[str, dict[str, Run]]:
+    """The engine and its runs by name. A hang is a failure after `HANG` seconds."""
+    config = request.param
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp(config)
+    scenarios = scenarios_of(config)
+    command = launch_command(config, "--main_process_port", str(free_port()))
+    command += [model_path, str(folder), *scenarios.values()]
+    result = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=HANG
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads((output_dir / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    return config, {name: Run(folder / str(index)) for index, name in enumerate(scenarios)}
 
 
-@pytest.fixture(scope="module")
-def runs(model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("distributed")
-    return {sharing: run(model_path, path / sharing, sharing) for sharing in ("true", "false")}
+def uneven_runs(runs: dict[str, Run]) -> list[Run]:
+    return [run for name, run in runs.items() if not name.startswith("given")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sharing", ["true", "false"])
-def test_processes_hold_the_same_model_and_different_trees(runs, sharing):
-    first, second = runs[sharing]
-    assert first["processes"] == second["processes"] == 2
-    assert first["shares"] == second["shares"] == (sharing == "true")
-    assert first["parameters"] == second["parameters"]
-    assert first["prompts"] != second["prompts"]
-    assert first["scored"] != second["scored"]  # so the processes did not have equal work
-    assert all(first["calls"] + second["calls"])  # no trajectory was scored twice
-    losses = [log["loss"] for log in first["logs"]]
-    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
+def test_processes_with_unequal_trees_train_one_model(runs):
+    config, runs = runs
+    for run in uneven_runs(runs):
+        first, second = run.seen
+        assert first["processes"] == second["processes"] == 2
+        assert first["engine"] == second["engine"] == ENGINES[config]
+        assert first["shares"] and second["shares"]
+        losses = [log[name] for log in first["logs"] for name in ("loss", "grad_norm", "kl", "entropy")]
+        assert len(losses) == 4 * distributed_run.STEPS and all(math.isfinite(loss) for loss in losses)
+        parameters, other = run.parameters
+        assert parameters.keys() == other.keys()
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, other[name]), f"{name} differs between the processes"
+            assert torch.isfinite(parameter).all()
+        assert first["moved"] == first["trainable"]
 
 
-@pytest.mark.slow
-def test_packed_rows_train_as_dense_ones(runs):
-    shared, dense = runs["true"][0], runs["false"][0]
-    for name, value in dense["parameters"].items():
-        assert shared["parameters"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
-    for packed, plain in zip(shared["logs"], dense["logs"], strict=True):
-        for name in ("loss", "reward", "kl", "entropy", "tree/nodes", "tree/trained_tokens"):
-            assert packed[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5), name
+def test_the_scenario_is_what_it_says(runs):
+    """Trees of depth 1 beside full ones, a process with every group pruned, and rewards that are all None."""
+    for run in uneven_runs(runs[1]):
+        first, second = (seen["record"] for seen in run.seen)
+        assert (first[0]["depths"], second[0]["depths"]) == ([1], [3])
+        assert (first[4]["depths"], second[4]["depths"]) == ([3], [1])
+        assert first[1]["prompt_length"] == 1 < second[1]["prompt_length"]
+        assert first[1]["kept"] == 0 < first[1]["scored"] and second[1]["kept"] > 0
+        assert first[2]["scored"] == 0 < second[2]["kept"]
+        assert first[3]["scored"] == second[3]["scored"] == 0
+        assert run.seen[0]["logs"][3]["loss"] == 0
+        evaluations = run.seen[0]["evaluations"]
+        assert len(evaluations) == 3
+        for log in evaluations:
+            assert (log["eval_completions/min_length"], log["eval_completions/max_length"]) == (1, 12)
+
+
+def test_the_gradient_is_that_of_one_process(runs, model_path, tmp_path):
+    """Plain SGD on the same trees, with clipping, KL and entropy terms and second passes over each batch; packed rows
+    on two processes against dense rows on one."""
+    start = dict(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).named_parameters())
+    for name, run in runs[1].items():
+        if not name.startswith("given"):
+            continue
+        options = {"loss_type": name.removeprefix("given-"), "prefix_sharing": False}
+        distributed_run.train_given(model_path, str(tmp_path / name), processes=1, **options)
+        alone = torch.load(tmp_path / name / "rank_0.pt")
+        first, second = (seen["record"] for seen in run.seen)
+        assert all(one["owned"] != other["owned"] for one, other in zip(first, second, strict=True))
+        assert all(step["old_logps"] for step in first)
+        for parameter, expected in alone.items():
+            moved = (expected - start[parameter]).norm()
+            assert moved > 0
+            assert (run.parameters[0][parameter] - expected).norm() < 1e-4 * moved, f"{name}: {parameter}"
+
+
+def test_full_models_reload_with_transformers(runs):
+    for name in {"full", "sharded"} & runs[1].keys():
+        run = runs[1][name]
+        for folder in ("final", f"checkpoint-{distributed_run.STEPS}"):
+            model = AutoModelForCausalLM.from_pretrained(run.folder / folder, dtype=torch.float32)
+            saved = dict(model.named_parameters())
+            assert saved.keys() == run.parameters[0].keys()
+            assert all(torch.equal(saved[key], value) for key, value in run.parameters[0].items())
+
+
+def test_adapters_reload_with_peft(runs, model_path):
+    run = runs[1]["lora"]
+    for folder in ("final", f"checkpoint-{distributed_run.STEPS}"):
+        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        saved = dict(PeftModel.from_pretrained(base, run.folder / folder).named_parameters())
+        assert saved.keys() == run.parameters[0].keys()
+        assert all(torch.equal(saved[key], value) for key, value in run.parameters[0].items())
+
+
+@pytest.mark.parametrize("config", ["multi_cpu", "fsdp2_cpu", "deepspeed_zero3_cpu"])
+def test_a_process_that_dies_ends_the_others(config, model_path, tmp_path):
+    """Two launches, as on two machines, so that no launcher ends the process that is left: it must fail by itself."""
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    port = str(free_port())
+    machines = []
+    for rank in range(2):
+        options = ["--num_machines", "2", "--machine_rank", str(rank)]
+        options += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        command = [*launch_command(config, *options), model_path, str(tmp_path), "killed"]
+        output = (tmp_path / f"machine_{rank}.log").open("w")
+        machines.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        killed = machines[1].wait(timeout=HANG)
+        died = time.monotonic()
+        left = machines[0].wait(timeout=60)
+        log = (tmp_path / "machine_0.log").read_text()
+        assert killed != 0 and left != 0
+        assert time.monotonic() - died < 60
+        assert "Signal 9" in (tmp_path / "machine_1.log").read_text()
+        assert "Connection closed by peer" in log or "Connection reset by peer" in log, log[-3000:]
+    finally:
+        for machine in machines:
+            machine.kill()
