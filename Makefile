@@ -1,24 +1,29 @@
 # Targets make their own virtual environment; nothing but Python 3.11+ and make has to be there.
 #   PYTHON  the interpreter the environment is made with (default: python3)
 #   VENV    where the environment lives                  (default: .venv)
-#   ARGS    handed on to the command of quickstart and test
+#   ARGS    handed on to the command of quickstart, test and test-vllm
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.installing
+VLLM_STAMP := $(VLLM_VENV)/.installed
+# vLLM needs an older transformers, the oldest that the package supports, so what rests on it is tested there as well.
+VLLM_TESTS := $(addprefix tests/test_,backend_vllm.py vllm_server.py trl_contract.py reduces_to_grpo.py \
+                                      backend_transformers.py trainer.py)
 
 SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test test-vllm lint clean
 
 help:  ## Show this list
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3] [VENV=.venv]'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
 install: $(STAMP)  ## Make the virtual environment and install the package with its tested dependencies
 
@@ -28,13 +33,16 @@ quickstart: $(STAMP)  ## Run the quickstart on one CPU process, e.g. make quicks
 test: $(STAMP)  ## Run the tests, e.g. make test ARGS="-k tree"
 	$(BIN)/python -m pytest $(ARGS)
 
+test-vllm: $(VLLM_STAMP)  ## Run the tests of vLLM, on the CPU, in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) $(ARGS)
+
 lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:  ## Remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove the virtual environments, caches and build outputs
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment without pip, or one whose installation was cut short, is made anew; any other is kept and updated.
@@ -54,4 +62,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(UNFINISHED)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]" || { rm -f $(UNFINISHED); exit 1; }
 	@rm -f $(UNFINISHED)
+	@touch $@
+
+$(VLLM_STAMP): pyproject.toml tests/vllm_constraints.txt tests/make_vllm_env.sh
+	tests/make_vllm_env.sh $(PYTHON) $(VLLM_VENV)
 	@touch $@

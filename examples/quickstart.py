@@ -13,12 +13,14 @@ saves the model. The last line printed is JSON with the numbers.
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
 from chain_arithmetic import BASE_MODEL_DIR, MAX_SOLUTION_TOKENS, correctness_reward, make_dataset
 from make_base_model import train_base_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import unset_hf_deepspeed_config
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.evaluation import EvaluationResult, evaluate
@@ -75,12 +77,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the training problems and of the sampling")
     args = parser.parse_args()
     start = time.monotonic()
+    is_main_process = os.environ.get("RANK", "0") == "0"  # which measures and shows; all processes train
 
     if not (BASE_MODEL_DIR / "config.json").exists():
         train_base_model(BASE_MODEL_DIR, seed=0)
     model = AutoModelForCausalLM.from_pretrained(BASE_MODEL_DIR)
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_DIR)
-    before = measure(model, tokenizer, "Before")
+    before = measure(model, tokenizer, "Before") if is_main_process else None
 
     trainer = TreeRPOTrainer(
         model=model,
@@ -90,10 +93,14 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.train()
+    trainer.save_model(args.output_dir)
+    if before is None:
+        return
+
     # The tree with most to learn from: the one with most nodes in groups whose siblings differ.
     print_tree(max(trainer.last_trees, key=lambda scored: sum(scored.kept)), tokenizer)
 
-    trainer.save_model(args.output_dir)
+    unset_hf_deepspeed_config()  # under ZeRO-3 the saved model would be loaded in shards
     saved_model = AutoModelForCausalLM.from_pretrained(args.output_dir)
     saved_tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
     after = measure(saved_model, saved_tokenizer, f"After, reloaded from {Path(args.output_dir).resolve().name}")

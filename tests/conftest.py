@@ -2,6 +2,7 @@
 
 import os
 import random
+import socket
 from collections.abc import Sequence
 
 import pytest
@@ -60,6 +61,13 @@ def tiny_config(**overrides) -> Qwen2Config:
     return Qwen2Config(**{**sizes, **overrides})
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+    return port
+
+
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory):
     """A tiny random Qwen2 on disk. It is sharp enough that its samples are not uniform."""
@@ -113,6 +121,43 @@ def make_args(tmp_path):
         return TreeRPOConfig(**{**defaults, **overrides})
 
     return make
+
+
+# For tests of vLLM, whose attention on CPUs needs heads of 32.
+VLLM_SHAPE = TreeShape((2, 3, 2), 8, 22)
+# What bfloat16, in which vLLM runs on a CPU, makes of a log-probability of this model, at most.
+VLLM_ROUNDING = 0.25
+
+
+@pytest.fixture(scope="session")
+def vllm_model_path(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    config = tiny_config(initializer_range=0.2, hidden_size=128, head_dim=32, max_position_embeddings=512)
+    path = tmp_path_factory.mktemp("tiny-qwen2-vllm")
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def vllm_reference(vllm_model_path) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM.from_pretrained(vllm_model_path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def greedy_prompts(vllm_reference) -> list[list[int]]:
+    """Prompts after which no greedy choice is close enough for rounding to turn it, one that ends early among them."""
+    prompts = torch.randint(2, 25, (2048, 6), generator=torch.Generator().manual_seed(0))
+    output = vllm_reference.generate(
+        prompts, do_sample=False, max_new_tokens=VLLM_SHAPE.max_completion_length, output_logits=True,
+        return_dict_in_generate=True, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    first, second = torch.stack(output.logits, dim=1).topk(2).values.unbind(-1)
+    is_end = output.sequences[:, prompts.size(1) :] == EOS
+    has_ended = is_end.cumsum(dim=1) - is_end.int() > 0
+    is_clear = ((first - second) > 3 * VLLM_ROUNDING) | has_ended
+    clear, ends = is_clear.all(dim=1), is_end.any(dim=1)
+    return [*prompts[clear & ends][:1].tolist(), *prompts[clear & ~ends][:3].tolist()]
 
 
 def spread(text: str) -> float:

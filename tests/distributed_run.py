@@ -1,8 +1,9 @@
 """What every process runs in `test_distributed.py`, under whatever engine it is launched with.
 
-accelerate launch --config_file CONFIG tests/distributed_run.py MODEL_PATH OUTPUT_DIR SCENARIO [OPTIONS as JSON]
+accelerate launch --config_file CONFIG examples/on_cpu.py tests/distributed_run.py MODEL_PATH OUTPUT_DIR SCENARIO ...
 
-Each scenario trains a trainer and leaves what a process saw as `rank_R.json`, and the whole parameters as `rank_R.pt`.
+A scenario is a name, or NAME=OPTIONS with options as JSON. Each trains, and leaves what process R saw as `rank_R.json`
+and the whole parameters as `rank_R.pt`.
 """
 
 import json
@@ -47,7 +48,7 @@ def make_args(output_dir: str, **overrides: Any) -> TreeRPOConfig:
         "branching_factor": 2, "max_depth": 3, "segment_length": 4, "per_device_train_batch_size": 8,
         "steps_per_generation": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS, "learning_rate": 0.1,
         "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0, "beta": 0.1, "entropy_coef": 0.01,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "bf16": False, "use_cpu": True,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "bf16": False,
         "disable_tqdm": True, "gradient_checkpointing": False, "model_init_kwargs": {"dtype": "float32"},
     }  # fmt: skip
     return TreeRPOConfig(output_dir, **{**defaults, **overrides})
@@ -192,11 +193,13 @@ SCENARIOS = {"uneven": train_uneven, "given": train_given, "killed": train_kille
 
 
 def main(model_path: str, output_dir: str, *scenarios: str) -> None:
-    """Run one scenario after the other, each given as NAME or NAME=OPTIONS; each writes into a folder of its own."""
+    """Run one scenario after the other, each into a folder of its own."""
     for index, scenario in enumerate(scenarios):
         name, _, options = scenario.partition("=")
         SCENARIOS[name](model_path, f"{output_dir}/{index}", **json.loads(options or "{}"))
-    torch.distributed.destroy_process_group()
+    # With everything written. Torch may hang on the way out: freeing DDP holds the interpreter's lock while it waits
+    # for a thread of gloo that wants it.
+    os._exit(0)
 
 
 if __name__ == "__main__":

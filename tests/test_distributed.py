@@ -6,7 +6,6 @@ Each engine is launched once, as a user launches it, and runs scenarios of `dist
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,10 +15,12 @@ from pathlib import Path
 import distributed_run
 import pytest
 import torch
+from conftest import free_port, make_tokenizer, spread_reward
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from treerpo_trl import TreeRPOTrainer
 from treerpo_trl.compatibility import LOSS_TYPES
 
 
@@ -34,14 +35,6 @@ ENGINES = {
 }
 HANG = 240  # seconds; a launch takes about 15, and one that compiles DeepSpeed's communication 30 more
 
-pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
 
 def launch_command(config: str, *options: str) -> list[str]:
     """`accelerate launch` of distributed_run.py, to be completed with its arguments."""
@@ -52,8 +45,7 @@ def launch_command(config: str, *options: str) -> list[str]:
         "--config_file",
         f"accelerate_configs/{config}.yaml",
     ]
-    wrapper = ["examples/fsdp_on_cpu.py"] if config.startswith("fsdp") else []
-    return [*command, *options, *wrapper, "tests/distributed_run.py"]
+    return [*command, *options, "examples/on_cpu.py", "tests/distributed_run.py"]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -89,7 +81,7 @@ def scenarios_of(config: str) -> dict[str, str]:
     return scenarios
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=[pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES])
 def runs(request, model_path, tmp_path_factory) -> tuple[str, dict[str, Run]]:
     """The engine and its runs by name. A hang is a failure after `HANG` seconds."""
     config = request.param
@@ -182,6 +174,7 @@ def test_adapters_reload_with_peft(runs, model_path):
         assert all(torch.equal(saved[key], value) for key, value in run.parameters[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["multi_cpu", "fsdp2_cpu", "deepspeed_zero3_cpu"])
 def test_a_process_that_dies_ends_the_others(config, model_path, tmp_path):
     """Two launches, as on two machines, so that no launcher ends the process that is left: it must fail by itself."""
@@ -207,3 +200,17 @@ def test_a_process_that_dies_ends_the_others(config, model_path, tmp_path):
     finally:
         for machine in machines:
             machine.kill()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("WORLD_SIZE", "2", "2 processes were launched, .* a model of its own.* examples/on_cpu.py"),
+        ("ACCELERATE_USE_FSDP", "true", "asked for FSDP, but accelerate runs NO instead"),
+    ],
+)
+def test_another_engine_than_was_launched_is_refused(monkeypatch, model, make_args, dataset, variable, value, message):
+    """accelerate would train by itself, or with DDP, without a word."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        TreeRPOTrainer(model, spread_reward, make_args(), train_dataset=dataset, processing_class=make_tokenizer())

