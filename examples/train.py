@@ -29,8 +29,11 @@ LoRA:
 
 The paper's setting (any option of a recipe can be overridden on the command line):
 
-    accelerate launch --multi_gpu --num_processes 8 examples/train.py \
+    accelerate launch --config_file accelerate_configs/deepspeed_zero2.yaml examples/train.py \
         --config examples/recipes/treerpo_qwen2.5_math_1.5b.yaml
+
+Add `--use_vllm --vllm_mode server --vllm_server_host HOST` to have a vLLM server grow the trees, or
+`--use_vllm --vllm_mode colocate` for engines beside the model; the README's "Scaling" says how to start the one.
 """
 
 import importlib

@@ -95,6 +95,16 @@ def test_vllm_is_corrected_token_by_token():
     make(use_vllm=True, vllm_importance_sampling_correction=False, vllm_importance_sampling_mode="sequence_mask")
 
 
+def test_a_colocated_engine_has_a_place_for_every_row():
+    options = {"use_vllm": True, "per_device_train_batch_size": 64}
+    with pytest.raises(ValueError, match=r"\(64\) x steps_per_generation \(65\) .* = 4160 rows, .* takes 4096"):
+        make(**options, steps_per_generation=65)
+    with pytest.raises(ValueError, match="= 8192 rows"):
+        make(**options, steps_per_generation=64, vllm_tensor_parallel_size=2)
+    make(**options, steps_per_generation=64)
+    make(**options, steps_per_generation=65, vllm_mode="server")
+
+
 def test_every_allowed_loss_weighting_exists():
     assert tuple(rows.LOSS_WEIGHTINGS) == compatibility.LOSS_WEIGHTINGS
 

@@ -6,9 +6,10 @@ import re
 import torch
 from conftest import make_tokenizer, spread_reward
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.compatibility import LOSS_TYPES
+from treerpo_trl.compatibility import LOSS_TYPES, MAX_COLOCATED_ROWS
 
 
 SEAMS = {
@@ -46,6 +47,19 @@ def test_the_constructor_is_grpos():
     theirs = inspect.signature(GRPOTrainer).parameters
     assert list(ours) == list(theirs), "TreeRPOTrainer must take what GRPOTrainer takes"
     assert [parameter.default for parameter in ours.values()] == [parameter.default for parameter in theirs.values()]
+
+
+def test_the_vllm_seam():
+    """What the vLLM backend reads, sets and calls of TRL's handle of an engine."""
+    source = inspect.getsource(VLLMGeneration)
+    for name in ("max_completion_length", "generation_kwargs", "enable_sleep_mode", "_llm_weights_sleeping", "llm"):
+        assert f"self.{name}" in source, f"VLLMGeneration no longer has {name}"
+    parameters = list(inspect.signature(VLLMGeneration.generate).parameters)
+    assert parameters == ["self", "prompts", "images", "num_generations", "profiler"], f"it now takes {parameters}"
+    assert f"max_num_batched_tokens={MAX_COLOCATED_ROWS}" in source
+    source = inspect.getsource(GRPOTrainer)
+    assert "self._last_loaded_step = self.state.global_step" in source, "the trainer loads weights at other times"
+    assert "self.vllm_generation = VLLMGeneration(" in source
 
 
 def test_every_loss_type_is_known():

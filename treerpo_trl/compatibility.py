@@ -14,6 +14,8 @@ NO_CONTINUOUS_BATCHING = (
     "it starts each call with an empty cache, so every wave would compute its prompts and paths again; the default "
     "computes each token once, and so does use_vllm=True"
 )
+# The max_num_batched_tokens of TRL's VLLMGeneration.
+MAX_COLOCATED_ROWS = 4096
 # Generation options that would take a wave's length, or the i.i.d. sampling of siblings, out of the tree's hands.
 TREE_OWNED_GENERATION_KWARGS = {
     "max_new_tokens": "set segment_length and max_depth",
@@ -68,6 +70,23 @@ def refuse_owned_generation_kwargs(config: Any) -> None:
             raise ValueError(
                 f"generation_kwargs has {name}={config.generation_kwargs[name]!r}, which the tree decides: {fix}"
             )
+
+
+def refuse_oversized_engine(config: Any) -> None:
+    """Check that a colocated engine can be started for the rows of a batch.
+
+    Raises:
+        ValueError: TRL gives it a place for every row, and vLLM refuses more than tokens fit one of its batches.
+    """
+    rows = config.per_device_train_batch_size * config.steps_per_generation
+    places = rows * config.vllm_tensor_parallel_size
+    if config.use_vllm and config.vllm_mode == "colocate" and places > MAX_COLOCATED_ROWS:
+        raise ValueError(
+            f"per_device_train_batch_size ({config.per_device_train_batch_size}) x steps_per_generation "
+            f"({config.steps_per_generation}) x vllm_tensor_parallel_size ({config.vllm_tensor_parallel_size}) = "
+            f"{places} rows, but an engine in TRL's colocate mode takes {MAX_COLOCATED_ROWS}. Use more processes and "
+            "fewer steps_per_generation, or vllm_mode='server'"
+        )
 
 
 # (parameter, allowed values, reason and fix)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
-from .compatibility import refuse_owned_generation_kwargs, refuse_unsupported
+from .compatibility import refuse_oversized_engine, refuse_owned_generation_kwargs, refuse_unsupported
 
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class TreeRPOConfig(GRPOConfig):
             `"token"`: the loss is a mean over all kept tokens (the authors' code). `"node"`: a mean over kept nodes of
             the mean over a node's tokens (eq. 5 as printed).
         max_frontier_rows (`int`, *optional*, defaults to `256`):
-            Most branches decoded at a time. It bounds the memory that sampling takes. vLLM schedules by itself and
-            does not need it.
+            Most branches decoded at a time. It bounds the memory of decoding; branches that go on are kept besides.
+            vLLM schedules by itself, so it has no effect there.
         prefix_sharing (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
             Whether the training forward computes each distinct token of a micro-batch once, instead of row by row. The
             log-probabilities and gradients are those of dense rows. `"auto"` shares if the model can and warns with
@@ -112,7 +112,7 @@ class TreeRPOConfig(GRPOConfig):
     )
     max_frontier_rows: int = field(
         default=256,
-        metadata={"help": "Most branches decoded at a time. It bounds the memory that sampling takes."},
+        metadata={"help": "Most branches decoded at a time. It bounds the memory of decoding. No effect with vLLM."},
     )
     prefix_sharing: Sharing = field(
         default="auto",
@@ -150,6 +150,7 @@ class TreeRPOConfig(GRPOConfig):
         super().__post_init__()  # resolves steps_per_generation, and parses generation_kwargs from the command line
         self._check_trees_fit(self.steps_per_generation)
         refuse_owned_generation_kwargs(self)
+        refuse_oversized_engine(self)
 
     @classmethod
     def paper(

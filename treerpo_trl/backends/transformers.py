@@ -59,7 +59,7 @@ class TransformersBackend:
         generation_config: How to sample; its length limits are replaced by the wave's.
         eos_token_ids: Every token that ends a completion.
         pad_token_id: What to pad with; it may be one of `eos_token_ids`.
-        max_rows: Most rows to decode at a time. It bounds the memory of the caches.
+        max_rows: Most rows to decode at a time. It bounds the memory of decoding; branches that go on are kept, too.
         tokenizer: Needed for `generation_config.stop_strings` only.
         fork_caches: Whether to continue from forked caches. `False` prefills every prefix again, which is slower and
             draws from the same distribution. Models whose cache cannot be forked do so in any case, with a warning.
