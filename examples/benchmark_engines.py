@@ -28,6 +28,7 @@ from benchmark_speed import EOS_TOKEN_ID, make_model, make_tokenizer, parity_rew
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
@@ -42,10 +43,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="files in accelerate_configs/")
     parser.add_argument("--alone", default="single_cpu", help="the configuration to compare with")
     parser.add_argument("--repeats", type=int, default=3, help="launches of each configuration, in turns")
-    parser.add_argument("--num_steps", type=int, default=6, help="steps of a launch; the first is not counted")
+    parser.add_argument("--num_steps", type=int, default=5, help="steps of a launch; the first is not counted")
     parser.add_argument("--num_trees", type=int, default=4, help="trees of a step, over all processes")
     parser.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2, 2, 2], help="by depth")
-    parser.add_argument("--segment_length", type=int, default=32, help="tokens of a segment")
+    parser.add_argument("--segment_length", type=int, default=16, help="tokens of a segment")
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--hidden_size", type=int, default=512, help="width of the random Qwen2")
     parser.add_argument("--num_layers", type=int, default=8, help="layers of the random Qwen2")
@@ -134,9 +135,8 @@ def main() -> None:
     measured: dict[str, list[dict]] = {config: [] for config in configs}
     with tempfile.TemporaryDirectory() as folder:
         make_model(args).save_pretrained(f"{folder}/model")
-        for _ in range(args.repeats):
-            for config in configs:
-                measured[config].append(launch(config, f"{folder}/model", args))
+        for config in tqdm(configs * args.repeats, desc="launches"):
+            measured[config].append(launch(config, f"{folder}/model", args))
 
     summary = {}
     table = Table("configuration", "steps", "seconds a step", f"against {args.alone}", "peak memory a process (MB)")

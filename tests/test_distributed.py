@@ -205,7 +205,7 @@ def test_a_process_that_dies_ends_the_others(config, model_path, tmp_path):
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("WORLD_SIZE", "2", "2 processes were launched, .* a model of its own.* examples/on_cpu.py"),
+        ("WORLD_SIZE", "2", "that 2 processes were launched, .* a model of its own.* examples/on_cpu.py"),
         ("ACCELERATE_USE_FSDP", "true", "asked for FSDP, but accelerate runs NO instead"),
     ],
 )

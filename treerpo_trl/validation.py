@@ -53,20 +53,18 @@ def check_engine(accelerator: Any) -> None:
     Raises:
         ValueError: Several processes were launched, but each is by itself; or DeepSpeed or FSDP is not in use.
     """
-    on_cpu = "On CPUs, launch the script through examples/on_cpu.py"
+    on_cpu = "On CPUs, which accelerate does not connect, launch the script through examples/on_cpu.py"
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and accelerator.num_processes == 1:
         raise ValueError(
-            f"{launched} processes were launched, but accelerate finds no accelerator to connect them, so each would "
-            f"train a model of its own. {on_cpu}"
+            f"WORLD_SIZE says that {launched} processes were launched, but accelerate does not connect them, so each "
+            f"would train a model of its own. Start them with accelerate launch. {on_cpu}"
         )
     for engine in ("DEEPSPEED", "FSDP"):
         is_asked_for = os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
-        if is_asked_for and accelerator.distributed_type != engine:
-            raise ValueError(
-                f"the launch asked for {engine}, but accelerate runs {accelerator.distributed_type.value} instead, "
-                f"since it finds no accelerator. {on_cpu}"
-            )
+        actual = accelerator.distributed_type
+        if is_asked_for and actual != engine:
+            raise ValueError(f"the launch asked for {engine}, but accelerate runs {actual.value} instead. {on_cpu}")
 
 
 def check_dataset(dataset: Any, prompts_per_batch: int) -> None:
