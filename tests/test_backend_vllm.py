@@ -168,6 +168,15 @@ def test_stop_strings_end_a_completion_even_across_segments(generation):
     assert starts_across > 0
 
 
+def test_an_end_at_the_last_token_of_a_segment_is_an_end(generation):
+    generation.generation_kwargs = {"logit_bias": {EOS: 4.0}}
+    shape = TreeShape((2, 2, 2), 1, 3)
+    trees = grow([[9, 10], [5], PROMPT], shape, VLLMBackend(generation, [EOS]))
+    for tree in trees:
+        check_laws(tree, shape)
+    assert any(node.ended for tree in trees for node in tree.nodes)
+
+
 def test_ignored_ends_do_not_end_a_branch(generation):
     generation.generation_kwargs = {"ignore_eos": True, "logit_bias": {EOS: 100.0}}
     (tree,) = grow([[9, 10]], TreeShape((2, 2), 3, 6), VLLMBackend(generation, [EOS]))
