@@ -83,10 +83,10 @@ def test_processes_share_the_branches_out_evenly(seen, greedy_prompts):
     assert seen[0]["shares"] == seen[1]["shares"]
     assert seen[0]["training_shares"] == seen[1]["training_shares"]
     assert seen[0]["training_shares"][0] == 2 * 2  # two prompts a process, two children each
-    per_tree = [2, 6, 12]
-    assert seen[0]["shares"][0] == math.ceil(
-        len(greedy_prompts) * per_tree[0] / 2
-    )  # though all trees are on process 0
+    assert seen[0]["shares"][0] == len(greedy_prompts)  # of two children each, though all trees are on process 0
+    (tree,), none = seen[0]["odd"], seen[1]["odd"]
+    assert len(tree) == 1 + 3 + 9 and none == []
+    assert seen[0]["shares"][-2:] == [2, 5]  # of three branches and a filler, and of nine and a filler
 
 
 def test_greedy_trees_are_those_of_transformers(seen, vllm_reference, greedy_prompts):

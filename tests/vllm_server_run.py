@@ -16,7 +16,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from treerpo_trl import Tree, TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.backends import VLLMBackend
-from treerpo_trl.sampling import grow
+from treerpo_trl.sampling import TreeShape, grow
 
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -55,11 +55,14 @@ def main(model_path: str, output_dir: str, url: str, prompts: str) -> None:
     # All prompts on one process, then one on one and the others on the other.
     mine = [[rows, []], [rows[:1], rows[1:]]]
     trees = [grow(split[RANK], VLLM_SHAPE, VLLMBackend(generation, [EOS])) for split in mine]
+    # Three branches, which do not divide by two.
+    odd = grow(rows[1:2] if RANK == 0 else [], TreeShape((3, 3), 4, 8), VLLMBackend(generation, [EOS]))
     seen = {
         "context": trainer._max_prompt_length + args.max_completion_length,
         "training_shares": training_shares,
         "shares": shares,
         "trees": [[to_json(tree) for tree in some] for some in trees],
+        "odd": [to_json(tree) for tree in odd],
         "trained": [to_json(scored.tree) for scored in trainer.last_trees],
         "log": next(log for log in trainer.state.log_history if "loss" in log),
         "parameters": {name: parameter.double().sum().item() for name, parameter in trainer.model.named_parameters()},
