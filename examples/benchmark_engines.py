@@ -73,13 +73,18 @@ class StepTimer(TrainerCallback):
 def run(args: argparse.Namespace) -> None:
     """One launched process: train, and print seconds and peak memory of all processes as JSON."""
     prompts = [" ".join(str(2 + (7 * i + j) % 500) for j in range(args.prompt_length)) for i in range(256)]
-    num_trees = args.num_trees // int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.num_trees % num_processes:
+        sys.exit(
+            f"--num_trees is {args.num_trees}, which {num_processes} processes cannot share; use a multiple of "
+            f"{num_processes}"
+        )
     config = TreeRPOConfig(
         output_dir=args.model_path + "-out",
         branching_factor=args.branching_factor,
         segment_length=args.segment_length,
         per_device_train_batch_size=torch.tensor(args.branching_factor).prod().item(),
-        gradient_accumulation_steps=num_trees,
+        gradient_accumulation_steps=args.num_trees // num_processes,
         generation_kwargs={"suppress_tokens": [EOS_TOKEN_ID]},
         prune_threshold=None,
         max_steps=args.num_steps,

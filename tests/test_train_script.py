@@ -167,27 +167,9 @@ def launch(config: str, *arguments: str) -> str:
     return Path("output").read_text()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        "single_cpu",
-        *(
-            pytest.param(config, marks=pytest.mark.slow)
-            for config in (
-                "multi_cpu",
-                "fsdp2_cpu",
-                "deepspeed_zero1_cpu",
-                "deepspeed_zero2_cpu",
-                "deepspeed_zero3_cpu",
-            )
-        ),
-    ],
-)
-def test_trains_on_math_by_accelerate_launch(config, folder, model_path, math_rows):
+def check_launch(config: str, folder: Path, model_path: str, rows: Dataset) -> None:
     """A YAML file with command-line overrides, from a local parquet file to a model that loads again."""
-    if config.startswith("deepspeed"):
-        pytest.importorskip("deepspeed")
-    math_rows.to_parquet(folder / "math.parquet")
+    rows.to_parquet(folder / "math.parquet")
     (folder / "run.yaml").write_text(yaml.safe_dump({**RUN, "max_steps": 7, "dataset_name": "missing.parquet"}))
     arguments = ["--config", "run.yaml", "--dataset_name", "math.parquet", "--max_steps", "2"]
     output = launch(config, *arguments, "--model_name_or_path", model_path, "--output_dir", "out")
@@ -204,6 +186,24 @@ def test_trains_on_math_by_accelerate_launch(config, folder, model_path, math_ro
         assert 2 <= entry["tree/leaves"] <= 4
         assert 0 < entry["tree/kept_groups"] <= 1
         assert "rewards/accuracy_reward/mean" in entry and "rewards/parity_reward/mean" in entry
+
+
+def test_trains_on_math_by_accelerate_launch(folder, model_path, math_rows):
+    check_launch("single_cpu", folder, model_path, math_rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", ["multi_cpu", "fsdp2_cpu", "deepspeed_zero1_cpu", "deepspeed_zero2_cpu", "deepspeed_zero3_cpu"]
+)
+def test_trains_under_every_engine(config, folder, model_path):
+    """On rows made here, so that it runs wherever the package does."""
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    problems = [f"What is {i} + {i}?" for i in range(40)] + [f"What is {'1 + ' * 100}{i}?" for i in range(2)]
+    prompts = [[{"role": "user", "content": problem}] for problem in problems]
+    answers = [{"ground_truth": str(2 * i)} for i in range(42)]
+    check_launch(config, folder, model_path, Dataset.from_dict({"prompt": prompts, "reward_model": answers}))
 
 
 def test_trains_lora_and_resumes(folder, model_path, math_rows):
