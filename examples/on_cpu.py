@@ -12,15 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 
 _init = PartialState.__init__
+# Torch may hang or abort while DDP over gloo is freed last of all, so the processes keep their group and leave at once.
+_groups: list[Any] = []
 
 
 def _init_on_cpu(self: PartialState, cpu: bool = False, **kwargs: Any) -> None:
     _init(self, cpu=True, **kwargs)
+    if torch.distributed.is_initialized():
+        _groups.append(torch.distributed.group.WORLD)
     uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if uses_fsdp and self.distributed_type == DistributedType.MULTI_CPU:
         # Once gloo and the device are set, nothing but this name keeps accelerate from FSDP.
@@ -34,3 +39,6 @@ if __name__ == "__main__":
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as if the script had been launched itself
     runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
