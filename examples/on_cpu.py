@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 
 
 _init = PartialState.__init__
-# Torch may hang or abort while DDP over gloo is freed last of all, so the processes keep their group and leave at once.
+# Torch may hang or abort while DDP over gloo is freed last of all, so processes keep their group and leave at once.
 _groups: list[Any] = []
 
 
