@@ -11,7 +11,7 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treerpo_trl.evaluation import evaluate
+from treerpo_trl.evaluation import Response, TransformersSampler, evaluate, respond, summarize
 
 
 MAX_NEW_TOKENS = 12
@@ -133,6 +133,87 @@ def test_sampled_results_agree_with_what_the_reward_function_saw(model, tokenize
     assert result.mean_length == pytest.approx(sum(map(len, ids)) / 30)
     assert result.truncated == pytest.approx(sum(row[-1] != tokenizer.eos_token_id for row in ids) / 30)
     assert all(tokenizer.eos_token_id not in row[:-1] for row in ids)
+    by_problem = [rewards[start : start + 3] for start in range(0, 30, 3)]
+    assert result.problem_scores == pytest.approx([sum(several) / 3 for several in by_problem])
+
+
+def test_length_of_correct_responses(model, tokenizer, dataset):
+    recorder = Recorder(lambda call: [float(len(ids) % 2) for ids in call["completion_ids"]])
+    result = run(model, tokenizer, dataset, recorder, num_samples=5)
+    odd = [len(ids) for ids in recorder.gathered("completion_ids") if len(ids) % 2]
+    assert result.mean_length_correct == pytest.approx(sum(odd) / len(odd)) != result.mean_length
+    assert math.isnan(run(model, tokenizer, dataset, lambda prompts, **_: [0.9] * len(prompts)).mean_length_correct)
+
+
+def test_top_p_samples_from_the_most_likely_tokens(model, tokenizer):
+    recorder = Recorder()
+    run(model, tokenizer, [{"prompt": ALPHABET}], recorder, num_samples=500, max_new_tokens=1, top_p=0.5,
+        batch_size=500)  # fmt: skip
+    with torch.no_grad():
+        probabilities = model(tokenizer(ALPHABET, return_tensors="pt")["input_ids"]).logits[0, -1].softmax(dim=-1)
+    likely = probabilities.sort(descending=True)
+    nucleus = likely.indices[likely.values.cumsum(0) - likely.values < 0.5].tolist()
+    assert {ids[0] for ids in recorder.gathered("completion_ids")} == set(nucleus)
+
+
+def responses_of(model, tokenizer, dataset, **options):
+    sampler = TransformersSampler(model, tokenizer, temperature=1.0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS)
+    options = {"num_samples": 3, "batch_size": 7, "seed": 0} | options
+    return list(respond(sampler, tokenizer, dataset, share_of_answer, **options))
+
+
+def test_a_resumed_run_draws_what_an_unbroken_one_does(model, tokenizer, dataset):
+    whole = responses_of(model, tokenizer, dataset)
+    assert [len(batch) for batch in whole] == [7, 7, 7, 7, 2]
+    order = [(response.problem, response.sample) for batch in whole for response in batch]
+    assert order == [(problem, sample) for problem in range(10) for sample in range(3)]
+    for num_done in range(6):
+        torch.manual_seed(num_done)
+        assert responses_of(model, tokenizer, dataset, num_done=num_done) == whole[num_done:]
+
+
+def test_no_two_batches_draw_with_the_same_random_numbers(model, tokenizer):
+    alike = [{"prompt": "ab", "answer": "a"}] * 8
+    drawn = [
+        tuple(response.text for response in batch)
+        for seed in (0, 1)
+        for batch in responses_of(model, tokenizer, alike, num_samples=1, batch_size=2, seed=seed)
+    ]
+    assert len(set(drawn)) == 8
+
+
+def test_any_engine_may_sample(tokenizer, dataset):
+    """One that knows token ids only."""
+
+    def echo(prompt_ids, seed):
+        return [ids[::-1] for ids in prompt_ids], [len(ids) % 2 == 0 for ids in prompt_ids]
+
+    batches = respond(echo, tokenizer, dataset, share_of_answer, num_samples=2, batch_size=4, seed=0)
+    responses = [response for batch in batches for response in batch]
+    for response in responses:
+        row = dataset[response.problem]
+        assert response.text == row["prompt"][::-1]
+        assert response.length == len(row["prompt"])
+        assert response.finished == (len(row["prompt"]) % 2 == 0)
+        assert response.reward == row["prompt"].count(row["answer"]) / MAX_NEW_TOKENS
+    result = summarize(responses, 10, 2)
+    assert result.mean_length == pytest.approx(sum(map(len, dataset["prompt"])) / 10)
+    assert result.truncated == sum(len(prompt) % 2 for prompt in dataset["prompt"]) / 10
+
+
+def test_summary_of_known_responses():
+    rewards = [[1.0, 0.0], [None, None], [1.0, None], [2.0, 0.5]]
+    responses = [
+        Response(problem, sample, "", 10 * problem + sample, sample == 0, reward)
+        for problem, several in enumerate(rewards)
+        for sample, reward in enumerate(several)
+    ]
+    result = summarize(responses, 4, 2)
+    assert result.problem_scores == (0.5, None, 1.0, 1.25)
+    assert result.pass_at_1 == pytest.approx(2.75 / 3)
+    assert result.mean_length == 15.5
+    assert result.mean_length_correct == pytest.approx((0 + 20 + 30) / 3)
+    assert result.truncated == 0.5
 
 
 def test_several_eos_ids_and_padding_that_equals_eos(model, tokenizer, dataset, monkeypatch):
@@ -204,7 +285,10 @@ def test_several_reward_functions_are_summed_and_none_is_left_out(model, tokeniz
 
     assert run(model, tokenizer, dataset, first_problem_only, num_samples=2).pass_at_1 == 1.0
     assert run(model, tokenizer, dataset, [first_problem_only, half]).pass_at_1 == pytest.approx((1.5 + 9 * 0.5) / 10)
-    assert math.isnan(run(model, tokenizer, dataset, unscorable).pass_at_1)
+    nothing = run(model, tokenizer, dataset, unscorable)
+    assert math.isnan(nothing.pass_at_1)
+    assert nothing.problem_scores == (None,) * 10
+    assert run(model, tokenizer, dataset, first_problem_only).problem_scores == (1.0, *(None,) * 9)
 
 
 def test_reward_functions_may_log_as_under_trl(model, tokenizer, dataset):
@@ -223,6 +307,9 @@ def test_reward_functions_may_log_as_under_trl(model, tokenizer, dataset):
         ([{"question": "a"}], {}, "question.*prompt"),
         ([{"prompt": "a"}], {"num_samples": 0}, "num_samples is 0"),
         ([{"prompt": "a"}], {"temperature": -1.0}, "temperature is -1.0"),
+        ([{"prompt": "a"}], {"top_p": 0.0}, "top_p is 0.0"),
+        ([{"prompt": "a"}], {"batch_size": 0}, "batch_size is 0"),
+        ([{"prompt": "a"}], {"max_new_tokens": 0}, "0 tokens"),
     ],
 )
 def test_unusable_requests_are_named(model, tokenizer, rows, options, message):

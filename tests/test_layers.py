@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "prefix_sharing": {"torch", "transformers"},
     "metrics": {"treerpo_trl.tree", "treerpo_trl.credit"},
     "views": {"treerpo_trl.tree", "treerpo_trl.credit", "rich"},
+    "statistics": {"numpy"},
     "evaluation": {"torch", "tqdm", "transformers", "trl"},
     "compatibility": {"treerpo_trl.credit"},
     "treerpo_config": {"treerpo_trl.compatibility", "trl"},
