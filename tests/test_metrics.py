@@ -16,7 +16,9 @@ def test_golden_numbers():
     tree = Tree.from_prompt([9]).grow({ROOT: [Segment((1, 2), True), Segment((3, 4, 5), False)]})
     tree = tree.grow({2: [Segment((6,), True), Segment((7, 8), False)]})
     scored = assign(tree, {1: 1.0, 3: 0.5, 4: 0.5})
-    metrics = {name: mean.total / mean.count for name, mean in tree_metrics([scored], 4, 2).items()}
+    means = tree_metrics([scored], 4, 2)
+    assert means.pop("tree/advantage_abs/depth_2").count == 0  # no group is kept there
+    metrics = {name: mean.total / mean.count for name, mean in means.items()}
     assert metrics == {
         "tree/nodes": 4,
         "tree/leaves": 3,
@@ -28,6 +30,7 @@ def test_golden_numbers():
         "tree/kept_groups": 0.5,
         "tree/kept_groups/depth_1": 1,
         "tree/value_range/depth_1": 0.5,
+        "tree/advantage_abs/depth_1": pytest.approx(0.25 / (0.75 * 0.25)),
         "tree/kept_groups/depth_2": 0,
         "tree/value_range/depth_2": 0,
     }

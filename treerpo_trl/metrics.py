@@ -34,7 +34,7 @@ def tree_metrics(trees: Sequence[ScoredTree], num_leaves: int, max_depth: int) -
     - `tree/kept_groups`: share of groups that were not pruned; `tree/kept_groups/depth_d` of those at depth d.
     - `tree/value_range/depth_d`: max - min of the values of a group at depth d.
     - `tree/trained_tokens`: share of the sampled tokens that carry loss.
-    - `tree/advantage_abs`: mean absolute advantage of the kept nodes.
+    - `tree/advantage_abs`: mean absolute advantage of the kept nodes; `tree/advantage_abs/depth_d` of those at d.
 
     Args:
         trees: This process's trees.
@@ -59,12 +59,7 @@ def tree_metrics(trees: Sequence[ScoredTree], num_leaves: int, max_depth: int) -
             ),
             sum(scored.tree.num_sampled_tokens for scored in trees),
         ),
-        "tree/advantage_abs": Mean.of(
-            abs(advantage)
-            for scored in trees
-            for advantage, kept in zip(scored.advantages, scored.kept, strict=True)
-            if kept
-        ),
+        "tree/advantage_abs": Mean.of(size for _, size in _advantage_sizes(trees)),
         "tree/kept_groups": Mean.of(any(scored.kept[child] for child in group) for scored, group in _groups(trees)),
     }
     for depth in range(1, max_depth + 1):
@@ -75,11 +70,24 @@ def tree_metrics(trees: Sequence[ScoredTree], num_leaves: int, max_depth: int) -
         metrics[f"tree/value_range/depth_{depth}"] = Mean.of(
             max(values) - min(values) for scored, group in groups if (values := _values(scored, group))
         )
+        metrics[f"tree/advantage_abs/depth_{depth}"] = Mean.of(
+            size for node_depth, size in _advantage_sizes(trees) if node_depth == depth
+        )
     return metrics
 
 
 def _groups(trees: Sequence[ScoredTree]) -> list[tuple[ScoredTree, tuple[int, ...]]]:
     return [(scored, group) for scored in trees for group in scored.tree.children if group]
+
+
+def _advantage_sizes(trees: Sequence[ScoredTree]) -> list[tuple[int, float]]:
+    """(depth, |advantage|) of every kept node."""
+    return [
+        (depth, abs(advantage))
+        for scored in trees
+        for depth, advantage, kept in zip(scored.tree.depths, scored.advantages, scored.kept, strict=True)
+        if kept
+    ]
 
 
 def _values(scored: ScoredTree, group: Sequence[int]) -> list[float]:
