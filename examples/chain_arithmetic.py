@@ -8,8 +8,8 @@ then the answer:
     22+6=28
     #28
 
-One character is one token, so a line is a reasoning step of 6 to 8 tokens, and a solution has at most
-`MAX_SOLUTION_TOKENS`.
+One character is one token, so a line is a reasoning step of 6 to 8 tokens. The quickstart's problems have 2 to 4
+operations and solutions of at most `MAX_SOLUTION_TOKENS`; other lengths are for comparisons.
 """
 
 import hashlib
@@ -18,17 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 MODULUS = 100
 MIN_OPERATIONS, MAX_OPERATIONS = 2, 4
 CHARACTERS = "0123456789+-*=#?\n"
-PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
-MAX_SOLUTION_TOKENS = MAX_OPERATIONS * len("93*9=37\n") + len("#37") + 1  # the last one is EOS
 BASE_MODEL_DIR = Path(__file__).parent / "base_model"
 HELD_OUT_ONE_IN = 8
+
+
+def max_solution_tokens(max_operations: int) -> int:
+    """Tokens of the longest solution, EOS included."""
+    return max_operations * len("93*9=37\n") + len("#37") + 1
+
+
+MAX_SOLUTION_TOKENS = max_solution_tokens(MAX_OPERATIONS)
 
 # An operation and its right-hand number, e.g. ("*", 9).
 Operation = tuple[str, int]
@@ -75,13 +79,15 @@ def is_held_out(prompt: str) -> bool:
     return hashlib.sha256(prompt.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
 
 
-def sample_problems(rng: random.Random, held_out: bool) -> Iterator[tuple[int, list[Operation]]]:
-    """Endless distinct problems of one split."""
+def sample_problems(
+    rng: random.Random, held_out: bool, num_operations: tuple[int, int] = (MIN_OPERATIONS, MAX_OPERATIONS)
+) -> Iterator[tuple[int, list[Operation]]]:
+    """Endless distinct problems of one split, with a number of operations in that range."""
     seen: set[str] = set()
     while True:
         start = rng.randrange(MODULUS)
         operations: list[Operation] = []
-        for _ in range(rng.randint(MIN_OPERATIONS, MAX_OPERATIONS)):
+        for _ in range(rng.randint(*num_operations)):
             symbol = rng.choice("+-*")
             operations.append((symbol, rng.randint(2 if symbol == "*" else 1, 9)))
         prompt = format_prompt(start, operations)
@@ -90,10 +96,15 @@ def sample_problems(rng: random.Random, held_out: bool) -> Iterator[tuple[int, l
             yield start, operations
 
 
-def make_dataset(num_problems: int, seed: int, held_out: bool = False) -> Dataset:
+def make_dataset(
+    num_problems: int,
+    seed: int,
+    held_out: bool = False,
+    num_operations: tuple[int, int] = (MIN_OPERATIONS, MAX_OPERATIONS),
+) -> Dataset:
     """Problems for RL or evaluation, with the columns `prompt` and `answer`."""
     rng = random.Random(seed)
-    problems = sample_problems(rng, held_out)
+    problems = sample_problems(rng, held_out, num_operations)
     rows: dict[str, list[str]] = {"prompt": [], "answer": []}
     for _ in range(num_problems):
         start, operations = next(problems)
@@ -102,13 +113,15 @@ def make_dataset(num_problems: int, seed: int, held_out: bool = False) -> Datase
     return Dataset.from_dict(rows)
 
 
-def make_demonstrations(error_rates: list[float], seed: int) -> Dataset:
+def make_demonstrations(
+    error_rates: list[float], seed: int, num_operations: tuple[int, int] = (MIN_OPERATIONS, MAX_OPERATIONS)
+) -> Dataset:
     """Problems with written-out solutions for supervised training, one row an error rate, in this order.
 
     The columns are TRL's `prompt` and `completion`; the problems are from the training split.
     """
     rng = random.Random(seed)
-    problems = sample_problems(rng, held_out=False)
+    problems = sample_problems(rng, False, num_operations)
     rows: dict[str, list[str]] = {"prompt": [], "completion": []}
     for error_rate in error_rates:
         start, operations = next(problems)
@@ -120,41 +133,3 @@ def make_demonstrations(error_rates: list[float], seed: int) -> Dataset:
 def correctness_reward(completions: list[str], answer: list[str], **kwargs) -> list[float]:
     """TRL reward function: 1.0 if the text ends with the right `#answer`, else 0.0."""
     return [float(text.split("\n")[-1] == f"#{gold}") for text, gold in zip(completions, answer, strict=True)]
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character. A character outside the vocabulary is an error, never silently lost."""
-    vocabulary = {token: index for index, token in enumerate([PAD_TOKEN, EOS_TOKEN, *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    # "." would not match the newline, and an unmatched character would be glued to the next one.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD_TOKEN,
-        eos_token=EOS_TOKEN,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A fresh Llama of about a third of a million parameters.
-
-    Llama, because its config does not name a tokenizer class: `AutoTokenizer` on a folder that says `qwen2` would load
-    Qwen2's tokenizer over this one and lose the newline.
-    """
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)

@@ -80,7 +80,7 @@ def main() -> None:
     is_main_process = os.environ.get("RANK", "0") == "0"  # which measures and shows; all processes train
 
     if not (BASE_MODEL_DIR / "config.json").exists():
-        train_base_model(BASE_MODEL_DIR, seed=0)
+        train_base_model("chain_arithmetic", BASE_MODEL_DIR, seed=0)
     model = AutoModelForCausalLM.from_pretrained(BASE_MODEL_DIR)
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_DIR)
     before = measure(model, tokenizer, "Before") if is_main_process else None

@@ -13,6 +13,7 @@ from treerpo_trl.evaluation import evaluate
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import chain_arithmetic as task
+from tiny_llama import make_model, make_tokenizer
 
 
 def answer_by_plain_python(prompt: str) -> int:
@@ -84,16 +85,23 @@ def test_verifier_wants_exactly_the_final_answer(completion, reward):
     assert task.correctness_reward([completion], ["27"], prompts=["3*9?\n"]) == [reward]
 
 
-def test_longest_solution_fits():
-    tokenizer = task.make_tokenizer()
+@pytest.mark.parametrize("num_operations", [(2, 4), (8, 8)])
+def test_longest_solution_fits(num_operations):
+    tokenizer = make_tokenizer(task.CHARACTERS)
+    longest = task.max_solution_tokens(num_operations[1])
     for seed in range(3):
-        for row in task.make_demonstrations([0.0] * 300, seed):
-            assert len(tokenizer(row["completion"])["input_ids"]) + 1 <= task.MAX_SOLUTION_TOKENS
+        for row in task.make_demonstrations([0.0] * 300, seed, num_operations):
+            assert len(tokenizer(row["completion"])["input_ids"]) + 1 <= longest
+
+
+def test_number_of_operations_is_as_asked():
+    for row in task.make_dataset(50, seed=0, num_operations=(8, 8)):
+        assert sum(row["prompt"].count(symbol) for symbol in "+-*") == 8
 
 
 def test_tokenizer_round_trip_through_save_and_load(tmp_path):
-    tokenizer = task.make_tokenizer()
-    task.make_model(tokenizer).save_pretrained(tmp_path)
+    tokenizer = make_tokenizer(task.CHARACTERS)
+    make_model(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     text = "3*9-5?\n3*9=27\n27-5=22\n#22" + task.CHARACTERS
     ids = tokenizer(text)["input_ids"]
@@ -108,7 +116,7 @@ def test_tokenizer_round_trip_through_save_and_load(tmp_path):
 
 def test_unknown_character_is_an_error_and_not_lost():
     with pytest.raises(Exception, match="UNK"):
-        task.make_tokenizer()("3 * 9")
+        make_tokenizer(task.CHARACTERS)("3 * 9")
 
 
 def test_shipped_base_model_is_small():
