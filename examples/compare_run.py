@@ -1,0 +1,332 @@
+"""One training run of a comparison: a method, a learning rate and a seed, trained to a budget and measured on the way.
+
+The run is kept as JSONL: a line that says what was run, a line an evaluation, the last of which is `final`.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from compare_workload import Workload
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer
+
+from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
+from treerpo_trl.evaluation import EvaluationResult, evaluate
+from treerpo_trl.sampling import TreeShape
+
+
+BUDGETS = ("tokens", "leaves", "seconds")
+CALIBRATION_PROMPTS = 512
+MOST_STEPS = 10_000  # of a run whose budget is time
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared: an algorithm, its shape and options.
+
+    Args:
+        name: What it is called in files, tables and figures.
+        branching: [D] branching factors of TreeRPO; empty is GRPO.
+        num_generations: GRPO's completions a prompt.
+        options: Other options of its config.
+    """
+
+    name: str
+    branching: tuple[int, ...] = ()
+    num_generations: int = 8
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def shape(self, max_completion_length: int) -> TreeShape:
+        """The tree; GRPO's is one of depth 1."""
+        branching = self.branching or (self.num_generations,)
+        segment_length = self.options.get("segment_length", -(-max_completion_length // len(branching)))
+        return TreeShape(branching, segment_length, max_completion_length)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What both methods may spend.
+
+    Args:
+        kind: "tokens": sampled tokens, each counted once, prompts excluded; "leaves": completions of the complete
+            trees; "seconds": time of training, evaluation excluded.
+        total: Of these, in all.
+        per_step: Sampled tokens a step ("leaves": leaves a step), which sets the prompts a step.
+    """
+
+    kind: str
+    total: float
+    per_step: float
+
+    def prompts_per_step(self, shape: TreeShape, lengths: Sequence[int]) -> int:
+        """Prompts whose completions cost `per_step`, for responses as long as these."""
+        cost = shape.num_leaves if self.kind == "leaves" else expected_tokens(shape, lengths)
+        return max(1, round(self.per_step / cost))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as it can be handed to another process.
+
+    Args:
+        split: Held-out problems it is measured on: "validation" or "test".
+        num_evaluations: Measurements on the way, after equal shares of the budget, the last one at the end.
+        curve_problems: Problems of those on the way, one sample each.
+        final_samples: Samples of every problem at the end.
+    """
+
+    workload: Workload
+    method: Method
+    budget: Budget
+    learning_rate: float
+    seed: int
+    split: str
+    num_evaluations: int = 8
+    curve_problems: int = 1024
+    final_samples: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        return f"{self.method.name}-lr{self.learning_rate:g}-{self.split}-seed{self.seed}"
+
+
+def expected_tokens(shape: TreeShape, lengths: Sequence[int]) -> float:
+    """Expected sampled tokens of a tree whose responses are as long as these: the number of nodes at each depth of
+    the complete tree times the mean number of a response's tokens that lie in the segment of that depth.
+
+    Exact for any policy, because every path of the tree is a sample from it.
+    """
+    total, num_nodes, start = 0.0, 1, 0
+    for depth, factor in enumerate(shape.branching, start=1):
+        num_nodes *= factor
+        size = shape.max_tokens(depth)
+        total += num_nodes * fmean(min(max(length - start, 0), size) for length in lengths)
+        start += size
+    return total
+
+
+class Recorder(TrainerCallback):
+    """Counts what training spends, measures the model on the way, and ends training when the budget is spent.
+
+    With every measurement goes a checkpoint, so that a run that was killed goes on from its last one.
+    """
+
+    def __init__(self, run: Run, path: Path, rows_per_step: int, trees_per_step: int):
+        self.run, self.path = run, path
+        self.rows_per_step, self.trees_per_step = rows_per_step, trees_per_step
+        self.tokens, self.leaves, self.seconds, self.cpu_seconds = 0.0, 0, 0.0, 0.0
+        self.next_evaluation = 1
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.trainer: Any = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._clock = time.perf_counter(), time.process_time()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "reward" not in logs:  # the summary at the end of training
+            return
+        wall, cpu = self._clock
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
+        if "tree/sampled_tokens" in logs:
+            self.tokens += logs["tree/sampled_tokens"] * self.trees_per_step
+        else:
+            self.tokens += logs["completions/mean_length"] * self.rows_per_step
+        self.leaves += self.rows_per_step
+        for name, value in logs.items():
+            if is_kept(name) and value is not None and not math.isnan(value):  # undefined without trained nodes
+                self.metrics[name].append(value)
+        if self.is_spent(state.global_step):
+            self.measure(state.global_step, is_final=True)
+            control.should_training_stop = True
+        elif self.progress() >= self.next_evaluation / self.run.num_evaluations:
+            self.measure(state.global_step)
+            self.next_evaluation += 1
+            control.should_save = True
+
+    def progress(self) -> float:
+        """Share of the budget that is spent."""
+        return getattr(self, self.run.budget.kind) / self.run.budget.total
+
+    def is_spent(self, step: int) -> bool:
+        """Whether another step would end further from the budget than this one."""
+        return self.progress() * (1 + 0.5 / step) >= 1
+
+    def resume(self, records: list[dict[str, Any]]) -> None:
+        """Go on after these measurements."""
+        last = records[-1]
+        self.tokens, self.leaves = last["tokens"], last["leaves"]
+        self.seconds, self.cpu_seconds = last["seconds"], last["cpu_seconds"]
+        self.next_evaluation = len(records)  # the first was before training
+
+    def measure(self, step: int, is_final: bool = False) -> None:
+        """Evaluate the model and write a line."""
+        run, workload = self.run, self.run.workload
+        problems = workload.held_out(run.split)
+        if not is_final:
+            problems = problems.select(range(min(run.curve_problems, len(problems))))
+        result: EvaluationResult = evaluate(
+            self.trainer.accelerator.unwrap_model(self.trainer.model),
+            self.trainer.processing_class,
+            problems,
+            workload.reward_funcs(),
+            num_samples=run.final_samples if is_final else 1,
+            temperature=self.trainer.args.temperature,
+            max_new_tokens=workload.max_completion_length,
+            batch_size=workload.eval_batch_size,
+            seed=1000 + run.seed,
+            progress_bar=False,
+        )
+        record = {
+            "step": step,
+            "tokens": round(self.tokens),
+            "leaves": self.leaves,
+            "seconds": round(self.seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds, 2),
+            "pass_at_1": round(result.pass_at_1, 5),
+            "mean_length": round(result.mean_length, 3),
+            "mean_length_correct": round(result.mean_length_correct, 3),
+            "truncated": round(result.truncated, 5),
+            "metrics": {name: float(f"{fmean(values):.5g}") for name, values in self.metrics.items()},
+        }
+        if is_final:
+            record |= {"final": True, "problem_scores": [round(score, 4) for score in result.problem_scores]}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.metrics.clear()
+
+
+def is_kept(name: str) -> bool:
+    """Whether a logged metric helps to explain the outcome."""
+    return name.startswith("tree/") or name in ("reward", "entropy", "grad_norm", "frac_reward_zero_std")
+
+
+def response_lengths(workload: Workload, model: Any, tokenizer: Any) -> list[int]:
+    """Lengths of the base model's responses to training prompts, for the calibration of a step."""
+    lengths: list[int] = []
+
+    def measure_length(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        lengths.extend(map(len, completion_ids))
+        return [0.0] * len(completion_ids)
+
+    prompts = workload.train(CALIBRATION_PROMPTS, seed=0)
+    evaluate(
+        model,
+        tokenizer,
+        prompts,
+        measure_length,
+        temperature=workload.temperature,
+        max_new_tokens=workload.max_completion_length,
+        batch_size=workload.eval_batch_size,
+        progress_bar=False,
+    )
+    return lengths
+
+
+def make_trainer(run: Run, lengths: Sequence[int], output_dir: Path, max_steps: int, **kwargs: Any) -> GRPOTrainer:
+    """The trainer of the method, with a step's prompts set by the budget."""
+    workload, method = run.workload, run.method
+    shape = method.shape(workload.max_completion_length)
+    prompts_per_step = run.budget.prompts_per_step(shape, lengths)
+    micro_batches = -(-prompts_per_step * shape.num_leaves // workload.max_rows_per_micro_batch)
+    prompts_per_micro_batch = max(1, round(prompts_per_step / micro_batches))
+    options = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": prompts_per_micro_batch * shape.num_leaves,
+        "gradient_accumulation_steps": max(1, round(prompts_per_step / prompts_per_micro_batch)),
+        "max_completion_length": workload.max_completion_length,
+        "max_steps": max_steps,
+        "learning_rate": run.learning_rate,
+        "lr_scheduler_type": "constant",
+        "temperature": workload.temperature,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",  # the recorder asks for checkpoints
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": run.seed,
+        **run.options,
+        **method.options,
+    }
+    if method.branching:
+        args: Any = TreeRPOConfig(branching_factor=list(method.branching), **options)
+        trainer_class: Any = TreeRPOTrainer
+    else:
+        args = GRPOConfig(num_generations=method.num_generations, **options)
+        trainer_class = GRPOTrainer
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    trainer = trainer_class(
+        reward_funcs=workload.reward_funcs(),
+        args=args,
+        train_dataset=workload.train(max_steps * rows_per_step // shape.num_leaves, seed=run.seed),
+        **kwargs,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def execute(run: Run, folder: Path) -> Path:
+    """Train to the budget; returns the file of the run.
+
+    A run that is complete in `folder` is not repeated, and one that was cut short goes on from its last checkpoint.
+    """
+    path, scratch = folder / f"{run.name}.jsonl", folder / "checkpoints" / run.name
+    if is_complete(path):
+        return path
+    model, tokenizer = run.workload.load()
+    lengths = response_lengths(run.workload, model, tokenizer)
+    # Twice the steps that the budget takes, in case responses become shorter; the recorder ends training.
+    steps = MOST_STEPS if run.budget.kind == "seconds" else round(2 * run.budget.total / run.budget.per_step)
+    trainer = make_trainer(run, lengths, scratch, steps, model=model, processing_class=tokenizer)
+    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    recorder = Recorder(run, path, rows, rows // run.method.shape(run.workload.max_completion_length).num_leaves)
+    recorder.trainer = trainer
+    trainer.add_callback(recorder)
+    checkpoint = get_last_checkpoint(scratch) if scratch.exists() else None
+    if checkpoint is None:
+        versions = {name: version(name) for name in ("torch", "transformers", "trl", "treerpo-trl")}
+        header = {"run": asdict(run), "rows_per_step": rows, "threads": torch.get_num_threads(), "versions": versions}
+        path.write_text(json.dumps(header, default=str) + "\n")
+        recorder.measure(step=0)
+    else:
+        step = int(checkpoint.rpartition("-")[2])
+        header, *records = read_records(path)
+        records = [record for record in records if record["step"] <= step]
+        path.write_text("".join(json.dumps(record) + "\n" for record in (header, *records)))
+        recorder.resume(records)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return path
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's file; a last line that was cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def is_complete(path: Path) -> bool:
+    """Whether the file ends with the final measurement."""
+    return path.exists() and bool((read_records(path) or [{}])[-1].get("final"))

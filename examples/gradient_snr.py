@@ -1,0 +1,121 @@
+# /// script
+# dependencies = [
+#     "treerpo-trl[compare]",
+# ]
+# ///
+"""Signal-to-noise ratio of the gradient, TreeRPO against GRPO, at as many sampled tokens a step on a fixed policy.
+
+    python examples/gradient_snr.py --task chain_arithmetic --num_batches 48
+
+The policy is the base model and stays it (the learning rate is 0). Every batch has prompts and samples of its own; its
+gradient is what the optimizer would get, without clipping. Signal is the norm of the mean gradient, noise the root of
+the summed variance of its entries over batches. The last line printed is JSON.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compare_run import Budget, Method, Run, make_trainer, response_lengths
+from compare_workload import Workload, built_in
+from tasks import TASKS
+from transformers import TrainerCallback
+
+
+class GradientRecorder(TrainerCallback):
+    """Keeps the gradient of every step, before it is used."""
+
+    def __init__(self):
+        self.gradients: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        self.gradients.append(torch.cat(grads).float().cpu())
+
+
+def sample_gradients(run: Run, lengths: list[int], num_batches: int) -> np.ndarray:
+    """[K, P] gradients of K independent batches at the base model."""
+    model, tokenizer = run.workload.load()
+    recorder = GradientRecorder()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = make_trainer(
+            run, lengths, Path(scratch), num_batches, model=model, processing_class=tokenizer, callbacks=[recorder]
+        )
+        trainer.train()
+    return torch.stack(recorder.gradients).numpy()
+
+
+def snr(gram: np.ndarray) -> float:
+    """Signal over noise from the inner products of gradients.
+
+    The mean product of two different batches is the squared norm of the expected gradient, without bias; what the
+    squared norm of a batch exceeds it by is the variance.
+
+    Args:
+        gram: [K, K] inner products of the gradients of K batches.
+    """
+    count = len(gram)
+    signal = (gram.sum() - np.trace(gram)) / (count * (count - 1))
+    noise = np.trace(gram) / count - signal
+    return math.sqrt(max(signal, 0.0) / noise)
+
+
+def log_snr_variance(gram: np.ndarray) -> float:
+    """Jackknife variance of log SNR over batches."""
+    count = len(gram)
+    kept = [np.delete(np.delete(gram, index, 0), index, 1) for index in range(count)]
+    logs = np.log([max(snr(part), 1e-12) for part in kept])
+    return float((count - 1) / count * ((logs - logs.mean()) ** 2).sum())
+
+
+def compare_snr(tree: np.ndarray, flat: np.ndarray) -> dict[str, Any]:
+    """SNR of both, their ratio with a 95% interval, and the cosine between their expected gradients."""
+    grams = tree @ tree.T, flat @ flat.T
+    ratio = snr(grams[0]) / snr(grams[1])
+    half = 1.96 * math.sqrt(sum(map(log_snr_variance, grams)))
+    signals = [math.sqrt((gram.sum() - np.trace(gram)) / (len(gram) * (len(gram) - 1))) for gram in grams]
+    return {
+        "snr_treerpo": snr(grams[0]),
+        "snr_grpo": snr(grams[1]),
+        "snr_ratio": ratio,
+        "snr_ratio_ci": [ratio * math.exp(-half), ratio * math.exp(half)],
+        "cosine": float((tree @ flat.T).mean() / (signals[0] * signals[1])),
+        "batches": len(tree),
+    }
+
+
+def measure_snr(workload: Workload, methods: dict[str, Method], per_step: float, num_batches: int) -> dict[str, Any]:
+    """SNR of the methods "TreeRPO" and "GRPO" on the base model of the workload."""
+    lengths = response_lengths(workload, *workload.load())
+    gradients = {}
+    for name, method in methods.items():
+        options = {"max_grad_norm": 0.0}
+        run = Run(workload, method, Budget("tokens", 0, per_step), 0.0, seed=7, split="validation", options=options)
+        gradients[name] = sample_gradients(run, lengths, num_batches)
+    return compare_snr(gradients["TreeRPO"], gradients["GRPO"])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--task", choices=list(TASKS), default="chain_arithmetic", help="a built-in task")
+    parser.add_argument("--models_dir", type=Path, default=Path("compare-output/base_models"), help="made base models")
+    parser.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2, 2, 2], help="TreeRPO: by depth")
+    parser.add_argument("--num_generations", type=int, default=8, help="GRPO: completions a prompt")
+    parser.add_argument("--per_step", type=float, default=4000, help="sampled tokens a batch")
+    parser.add_argument("--num_batches", type=int, default=48, help="batches of each method, all in memory")
+    args = parser.parse_args()
+    methods = {
+        "TreeRPO": Method("treerpo", tuple(args.branching_factor)),
+        "GRPO": Method("grpo", (), args.num_generations),
+    }
+    print(json.dumps(measure_snr(built_in(args.task, args.models_dir), methods, args.per_step, args.num_batches)))
+
+
+if __name__ == "__main__":
+    main()

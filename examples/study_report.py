@@ -1,0 +1,129 @@
+"""What `study.py` writes: a table, a figure and the curves of each task, tables of the ablations, diagnostics."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from compare_report import Curve, draw, finals, interval, table, welch
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def write_task(task: str, curves: Mapping[str, Sequence[Curve]], results_dir: Path) -> None:
+    """`TASK.md`, `TASK.png` and `TASK.json`: the last has every measurement of every run."""
+    (results_dir / f"{task}.md").write_text(table(curves) + "\n")
+    draw(curves, task, results_dir / f"{task}.png")
+    runs = {family: [plain(curve) for curve in family_curves] for family, family_curves in curves.items()}
+    (results_dir / f"{task}.json").write_text(json.dumps(runs) + "\n")
+
+
+def plain(curve: Curve) -> dict[str, Any]:
+    """A run's measurements as JSON."""
+    columns = {name: getattr(curve, name).tolist() for name in ("tokens", "seconds", "cpu_seconds")}
+    columns |= {name: getattr(curve, name).tolist() for name in ("pass_at_1", "mean_length")}
+    return columns | {"mean_length_correct": curve.final["mean_length_correct"], "truncated": curve.final["truncated"]}
+
+
+def diagnostics(curves: Mapping[str, Sequence[Curve]]) -> dict[str, dict[str, list[float]]]:
+    """Per family and metric, [E] means over runs at each evaluation: kept groups, advantages, entropy."""
+    result: dict[str, dict[str, list[float]]] = {}
+    for family, runs in curves.items():
+        names = sorted({name for run in runs for metrics in run.metrics for name in metrics if is_diagnostic(name)})
+        result[family] = {
+            name: [
+                round(float(np.mean([step[name] for step in steps if name in step])), 5)
+                for steps in zip(*(run.metrics[1:] for run in runs), strict=False)
+                if any(name in step for step in steps)
+            ]
+            for name in names
+        }
+    return result
+
+
+def is_diagnostic(name: str) -> bool:
+    """Whether a metric goes into the summary."""
+    prefixes = ("tree/kept_groups", "tree/advantage_abs", "tree/trained_tokens", "tree/token_sharing")
+    return name.startswith(prefixes) or name in ("entropy", "frac_reward_zero_std", "grad_norm")
+
+
+def draw_diagnostics(task: str, curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
+    """Entropy, kept groups and size of advantages over training."""
+    numbers = diagnostics(curves)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    for family, metrics in numbers.items():
+        axes[0].plot(metrics["entropy"], marker=".", label=family)
+    axes[0].set_title("entropy of the policy")
+    for name, values in numbers["TreeRPO"].items():
+        for axis, prefix in ((axes[1], "tree/kept_groups/"), (axes[2], "tree/advantage_abs/")):
+            if name.startswith(prefix):
+                axis.plot(values, marker=".", label=name.removeprefix(prefix).replace("_", " "))
+    zero = numbers["GRPO"].get("frac_reward_zero_std", [])
+    axes[1].plot([1 - share for share in zero], marker=".", color="black", linestyle=":", label="GRPO")
+    axes[1].set_title("share of groups that are trained")
+    axes[2].set_title("mean size of the advantages of trained nodes")
+    for axis in axes:
+        axis.set_xlabel("evaluation")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(task)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def ablation_table(ablations: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]]) -> str:
+    """Markdown: a table a task, a row a variant, its difference from the first of its group with a 95% interval."""
+    lines = []
+    for task, groups in ablations.items():
+        lines += [
+            f"## {task}",
+            "",
+            "| group | variant | seeds | Pass@1 | difference from the first (95%) | response length | CPU seconds |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for group, variants in groups.items():
+            first = next(iter(variants.values()))
+            for name, curves in variants.items():
+                if len(curves) < 2 or len(first) < 2:
+                    continue
+                scores = finals(curves, "pass_at_1")
+                delta, low, high = welch(scores, finals(first, "pass_at_1"))
+                difference = "" if curves is first else f"{100 * delta:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+                length, seconds = finals(curves, "mean_length").mean(), finals(curves, "cpu_seconds").mean()
+                lines.append(
+                    f"| {group} | {name} | {len(curves)} | {scores.mean():.4f} | {difference} | {length:.1f} | "
+                    f"{seconds:.0f} |"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw_ablations(ablations: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]], path: Path) -> None:
+    """Pass@1 of every variant with its 95% interval over seeds."""
+    if not ablations:
+        return
+    figure, axes = plt.subplots(
+        1, len(ablations), figsize=(6 * len(ablations), 6), layout="constrained", squeeze=False
+    )
+    for axis, (task, groups) in zip(axes[0], ablations.items(), strict=True):
+        labels: list[str] = []
+        for index, (group, variants) in enumerate(groups.items()):
+            for name, curves in variants.items():
+                if len(curves) < 2:
+                    continue
+                scores = finals(curves, "pass_at_1")
+                low, high = interval(scores)
+                axis.plot([low, high], [len(labels)] * 2, color=f"C{index}")
+                axis.plot(scores.mean(), len(labels), "o", color=f"C{index}")
+                labels.append(f"{group}: {name.removeprefix('treerpo-')}")
+        axis.set_yticks(range(len(labels)), labels)
+        axis.invert_yaxis()
+        axis.set_xlabel("Pass@1 on validation problems")
+        axis.set_title(task)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

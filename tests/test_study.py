@@ -1,0 +1,93 @@
+"""The study: its report from complete runs, and the committed results against what the README says of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import study
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "examples" / "results"
+ASKED = ("delta_pass_at_1", "ci_low", "ci_high", "length_ratio", "tokens_to_parity", "snr_ratio", "seeds",
+         "token_mismatch")  # fmt: skip
+
+
+def write_run(path, final_score):
+    """A complete run, as `compare_run` writes it."""
+    metrics = {"entropy": 0.1, "frac_reward_zero_std": 0.4, "grad_norm": 1.0}
+    if "treerpo" in path.name:
+        metrics |= {"tree/kept_groups/depth_1": 0.5, "tree/advantage_abs/depth_1": 1.2}
+    lines = [{"run": {}}]
+    for share in (0, 0.5, 1):
+        num_right = round(100 * (0.2 + share * (final_score - 0.2)))
+        scores = [1.0] * num_right + [0.0] * (100 - num_right)
+        line = {"step": int(share * 80), "tokens": share * 320_000, "seconds": share * 50, "cpu_seconds": share * 45}
+        line |= {"pass_at_1": num_right / 100, "mean_length": 20.0, "mean_length_correct": 19.0, "truncated": 0.0}
+        lines.append(line | {"metrics": metrics if share else {}})
+    lines[-1] |= {"final": True, "problem_scores": scores}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A study whose runs are all there; nothing is trained."""
+    monkeypatch.setattr(study, "built_in", lambda name, models_dir: name)
+    finished = study.Study(tmp_path, workers=1)
+
+    def execute(runs):
+        for task, run in runs:
+            is_better = run.learning_rate == 2e-4 and run.method in (study.TREERPO, study.GRPO[0])
+            score = 0.6 + 0.1 * bool(run.method.branching) + 0.1 * is_better + 0.01 * (run.seed % 2)
+            write_run(tmp_path / task / f"{run.name}.jsonl", score)
+
+    monkeypatch.setattr(finished, "execute", execute)
+    for stage in ("headline", "ablations", "lengths"):
+        study.STAGES[stage](finished)
+    for task in study.TASK_NAMES:
+        (tmp_path / task / "snr.json").write_text(json.dumps({"snr_ratio": 1.1, "snr_ratio_ci": [1.0, 1.2]}))
+    return finished
+
+
+def test_report_of_a_finished_study(finished, tmp_path):
+    results = tmp_path / "results"
+    study.write_report(finished, results)
+    summary = json.loads((results / "summary.json").read_text())
+    assert list(summary) == list(study.TASK_NAMES)
+    for task, numbers in summary.items():
+        assert set(ASKED) <= set(numbers)
+        assert numbers["chosen"]["TreeRPO"] == {"method": study.TREERPO.name, "learning_rate": 2e-4}
+        assert numbers["chosen"]["GRPO"] == {"method": study.GRPO[0].name, "learning_rate": 2e-4}
+        assert numbers["seeds"] == 5
+        assert numbers["delta_pass_at_1"] == pytest.approx(0.1)
+        assert (results / f"{task}.png").stat().st_size > 10_000
+        assert len(json.loads((results / f"{task}.json").read_text())["GRPO"]) == 5
+    table = (results / "ablations.md").read_text()
+    for methods in study.ABLATIONS.values():
+        for method in methods:
+            assert table.count(f"| {method.name} | 3 |") >= len(study.HEADLINE_TASKS)
+    assert (results / "ablations.png").exists()
+
+
+def test_report_leaves_out_what_is_not_finished(finished, tmp_path):
+    for path in (tmp_path / "countdown").glob("grpo-*-test-*"):
+        path.unlink()
+    study.write_report(finished, tmp_path / "results")
+    assert "countdown" not in json.loads((tmp_path / "results" / "summary.json").read_text())
+
+
+def test_every_ablation_group_starts_with_the_reference():
+    for methods in study.ABLATIONS.values():
+        assert methods[0] == study.TREERPO
+        assert len({method.name for method in methods}) == len(methods)
+
+
+def test_tuning_and_result_share_no_seed():
+    assert not set(study.TUNING_SEEDS) & set(study.TEST_SEEDS)
+    assert len(study.TEST_SEEDS) >= 5 and len(study.ABLATION_SEEDS) >= 3
