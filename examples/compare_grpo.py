@@ -55,6 +55,14 @@ def start_worker(log_path: str, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
+def worker_pool(num_workers: int, log_path: Path, num_threads: int) -> ProcessPoolExecutor:
+    """Processes to train in; they start anew, so that none inherits another's state."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    return ProcessPoolExecutor(
+        num_workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(str(log_path), num_threads)
+    )
+
+
 def execute_all(runs: Sequence[tuple[Run, Path]], log_path: Path, num_workers: int, num_threads: int) -> list[Path]:
     """Execute runs, each in its folder, some at a time; returns their files in order.
 
@@ -66,10 +74,7 @@ def execute_all(runs: Sequence[tuple[Run, Path]], log_path: Path, num_workers: i
     if not missing:
         return paths
     start, failed = time.monotonic(), []
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(
-        num_workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(str(log_path), num_threads)
-    ) as pool:
+    with worker_pool(num_workers, log_path, num_threads) as pool:
         futures = {pool.submit(execute, run, folder): (run, folder) for run, folder in missing}
         for count, future in enumerate(as_completed(futures), start=1):
             run, folder = futures[future]
@@ -102,9 +107,10 @@ def choose(runs: Sequence[Run], folder: Path) -> tuple[Method, float]:
 
 
 def tuning_runs(template: Run, methods: Sequence[Method], rates: Sequence[float], seeds: Sequence[int]) -> list[Run]:
-    """The grid, on validation problems."""
+    """The grid, on validation problems and without measurements on the way."""
+    template = replace(template, split="validation", final_samples=2, num_evaluations=1)
     return [
-        replace(template, method=method, learning_rate=rate, seed=seed, split="validation", final_samples=2)
+        replace(template, method=method, learning_rate=rate, seed=seed)
         for method in methods
         for rate in rates
         for seed in seeds

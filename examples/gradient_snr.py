@@ -16,7 +16,10 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,18 +31,23 @@ from transformers import TrainerCallback
 
 
 class GradientRecorder(TrainerCallback):
-    """Keeps the gradient of every step, before it is used."""
+    """Keeps the gradient of every step, before it is used, and its mean reward."""
 
     def __init__(self):
         self.gradients: list[torch.Tensor] = []
+        self.rewards: list[float] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
         self.gradients.append(torch.cat(grads).float().cpu())
 
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "reward" in logs:
+            self.rewards.append(logs["reward"])
 
-def sample_gradients(run: Run, lengths: list[int], num_batches: int) -> np.ndarray:
-    """[K, P] gradients of K independent batches at the base model."""
+
+def sample_gradients(run: Run, lengths: list[int], num_batches: int) -> tuple[np.ndarray, float]:
+    """[K, P] gradients of K independent batches at the base model, and its mean reward."""
     model, tokenizer = run.workload.load()
     recorder = GradientRecorder()
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,7 +55,7 @@ def sample_gradients(run: Run, lengths: list[int], num_batches: int) -> np.ndarr
             run, lengths, Path(scratch), num_batches, model=model, processing_class=tokenizer, callbacks=[recorder]
         )
         trainer.train()
-    return torch.stack(recorder.gradients).numpy()
+    return torch.stack(recorder.gradients).numpy(), fmean(recorder.rewards)
 
 
 def snr(gram: np.ndarray) -> float:
@@ -89,15 +97,20 @@ def compare_snr(tree: np.ndarray, flat: np.ndarray) -> dict[str, Any]:
     }
 
 
-def measure_snr(workload: Workload, methods: dict[str, Method], per_step: float, num_batches: int) -> dict[str, Any]:
-    """SNR of the methods "TreeRPO" and "GRPO" on the base model of the workload."""
+def measure_snr(
+    workload: Workload, trees: Sequence[Method], flat: Method, per_step: float, num_batches: int
+) -> list[dict[str, Any]]:
+    """Each tree against GRPO on the base model of the workload."""
     lengths = response_lengths(workload, *workload.load())
-    gradients = {}
-    for name, method in methods.items():
-        options = {"max_grad_norm": 0.0}
-        run = Run(workload, method, Budget("tokens", 0, per_step), 0.0, seed=7, split="validation", options=options)
-        gradients[name] = sample_gradients(run, lengths, num_batches)
-    return compare_snr(gradients["TreeRPO"], gradients["GRPO"])
+    options = {"max_grad_norm": 0.0}  # no clipping
+    template = Run(workload, flat, Budget("tokens", 0, per_step), 0.0, seed=7, split="validation", options=options)
+    flat_gradients, pass_at_1 = sample_gradients(template, lengths, num_batches)
+    results = []
+    for tree in trees:
+        tree_gradients, _ = sample_gradients(replace(template, method=tree), lengths, num_batches)
+        numbers = compare_snr(tree_gradients, flat_gradients)
+        results.append({"treerpo": tree.name, "grpo": flat.name, "pass_at_1": pass_at_1, **numbers})
+    return results
 
 
 def main() -> None:
@@ -107,14 +120,14 @@ def main() -> None:
     parser.add_argument("--models_dir", type=Path, default=Path("compare-output/base_models"), help="made base models")
     parser.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2, 2, 2], help="TreeRPO: by depth")
     parser.add_argument("--num_generations", type=int, default=8, help="GRPO: completions a prompt")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy: higher, and less is right")
     parser.add_argument("--per_step", type=float, default=4000, help="sampled tokens a batch")
     parser.add_argument("--num_batches", type=int, default=48, help="batches of each method, all in memory")
     args = parser.parse_args()
-    methods = {
-        "TreeRPO": Method("treerpo", tuple(args.branching_factor)),
-        "GRPO": Method("grpo", (), args.num_generations),
-    }
-    print(json.dumps(measure_snr(built_in(args.task, args.models_dir), methods, args.per_step, args.num_batches)))
+    workload = built_in(args.task, args.models_dir, temperature=args.temperature)
+    tree = Method(f"treerpo-{'x'.join(map(str, args.branching_factor))}", tuple(args.branching_factor))
+    flat = Method(f"grpo-{args.num_generations}", (), args.num_generations)
+    print(json.dumps(measure_snr(workload, [tree], flat, args.per_step, args.num_batches)[0]))
 
 
 if __name__ == "__main__":

@@ -20,25 +20,29 @@ It takes some hours on two CPU cores, and goes on where it was stopped. Stages, 
 import argparse
 import json
 from collections.abc import Sequence
+from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compare_grpo import choose, execute_all, tuning_runs
+from compare_grpo import choose, execute_all, tuning_runs, worker_pool
 from compare_report import compare, read_curve
 from compare_run import Budget, Method, Run, is_complete
 from compare_workload import built_in
 from gradient_snr import measure_snr
-from study_report import ablation_table, diagnostics, draw_ablations, draw_diagnostics, write_task
+from study_report import ablation_table, diagnostics, draw_ablations, draw_diagnostics, draw_snr, write_task
 
 
 HEADLINE_TASKS = ("chain_arithmetic", "countdown")
+ABLATION_TASKS = ("chain_arithmetic",)
 LENGTH_TASKS = ("chains_of_2", "chains_of_4", "chains_of_8")
 TASK_NAMES = (*HEADLINE_TASKS, *LENGTH_TASKS)
 LEARNING_RATES = (1e-4, 2e-4, 4e-4)
-TUNING_SEEDS, ABLATION_SEEDS, TEST_SEEDS, LENGTH_SEEDS = (100, 101), (100, 101, 102), range(5), range(5)
+TUNING_SEEDS, ABLATION_SEEDS, TEST_SEEDS, LENGTH_SEEDS = (100, 101), (100, 101, 102), range(5), range(3)
 BUDGET = Budget("tokens", total=320_000, per_step=4000)
 GRADIENT_BATCHES = 48
+LATE = 30  # tokens of the first segment, of the 37 of the longest solution in chain_arithmetic
+SPARSE_TEMPERATURES = (0.6, 0.8, 1.0, 1.2, 1.4)
 
 
 def tree(*branching: int, suffix: str = "", **options: Any) -> Method:
@@ -48,8 +52,9 @@ def tree(*branching: int, suffix: str = "", **options: Any) -> Method:
 
 TREERPO = tree(2, 2, 2, 2)
 # What the headline chooses from, besides the learning rate.
-GRPO = [Method(f"grpo-{count}", (), count) for count in (8, 4, 16)]
+GRPO = [Method(f"grpo-{count}", (), count) for count in (8, 4)]
 FAMILIES = {"TreeRPO": [TREERPO, tree(4, 4), tree(8, 2)], "GRPO": GRPO}
+SPARSE_TREES = [TREERPO, tree(4, 4), tree(4, 4, 4)]
 LENGTH_FAMILIES = {"TreeRPO": [TREERPO], "GRPO": GRPO[:1]}
 # What differs from TREERPO, a row of the table each; the first of every group is TREERPO itself.
 ABLATIONS: dict[str, list[Method]] = {
@@ -62,8 +67,16 @@ ABLATIONS: dict[str, list[Method]] = {
     ],
     "pruning": [TREERPO, tree(2, 2, 2, 2, suffix="tau0", prune_threshold=0.0)],
     "weighting": [TREERPO, tree(2, 2, 2, 2, suffix="node", loss_weighting="node")],
+    "fewer leaves": [TREERPO, tree(2, 2), tree(4, 2), tree(2, 2, 2)],
     "16 leaves": [TREERPO, tree(16), tree(8, 2), tree(4, 4), tree(4, 2, 2)],
     "64 leaves": [TREERPO, tree(64), tree(8, 8), tree(4, 4, 4), tree(2, 2, 2, 2, 2, 2)],
+    # Of the tokens of the longest response: 1/4 (TREERPO), 1/5 (about a line), 4/5 (only the end branches again).
+    "segment length": [
+        TREERPO,
+        tree(2, 2, 2, 2, 2),
+        tree(4, 4, suffix="4x4-late", segment_length=LATE),
+        tree(8, 2, suffix="8x2-late", segment_length=LATE),
+    ],
 }
 
 
@@ -124,10 +137,10 @@ def run_headline(study: Study) -> None:
 
 
 def run_ablations(study: Study) -> None:
-    """All groups on both tasks; equal runs are executed once."""
+    """All groups; equal runs are executed once."""
     runs = {
         (task, run.name): (task, run)
-        for task in HEADLINE_TASKS
+        for task in ABLATION_TASKS
         for group in ABLATIONS
         for run in study.ablations(task, group)
     }
@@ -140,16 +153,23 @@ def run_lengths(study: Study) -> None:
 
 
 def run_gradients(study: Study) -> None:
-    """Signal-to-noise ratios, kept as JSON."""
-    for task in TASK_NAMES:
-        path = study.output_dir / task / "snr.json"
-        if path.exists():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        methods = {family: methods[0] for family, methods in LENGTH_FAMILIES.items()}
-        result = measure_snr(study.template(task).workload, methods, BUDGET.per_step, GRADIENT_BATCHES)
-        print(f"{task}: {result}", flush=True)
-        path.write_text(json.dumps(result) + "\n")
+    """Signal-to-noise ratios, kept as JSON: of every task, and of long chains from rare to frequent success."""
+    jobs = [(study.output_dir / task / "snr.json", task, 1.0, [TREERPO], BUDGET.per_step) for task in TASK_NAMES]
+    jobs += [
+        (study.output_dir / "sparse" / f"snr-{temperature}.json", "chains_of_8", temperature, SPARSE_TREES, 8000)
+        for temperature in SPARSE_TEMPERATURES
+    ]
+    with worker_pool(study.workers, study.output_dir / "workers.log", num_threads=1) as pool:
+        futures = {}
+        for path, task, temperature, trees, per_step in jobs:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                workload = replace(study.template(task).workload, temperature=temperature)
+                futures[pool.submit(measure_snr, workload, trees, GRPO[0], per_step, GRADIENT_BATCHES)] = path
+        for future in as_completed(futures):
+            path = futures[future]
+            print(*(f"{path.parent.name} {json.dumps(result)}" for result in future.result()), sep="\n", flush=True)
+            path.write_text(json.dumps(future.result()) + "\n")
 
 
 def write_report(study: Study, results_dir: Path) -> None:
@@ -167,16 +187,20 @@ def write_report(study: Study, results_dir: Path) -> None:
         if len(curves) < 2 or min(map(len, curves.values())) < 2:
             continue
         snr_path = study.output_dir / task / "snr.json"
-        snr = json.loads(snr_path.read_text()) if snr_path.exists() else {"snr_ratio": None}
+        snr = json.loads(snr_path.read_text())[0] if snr_path.exists() else {"snr_ratio": None}
         chosen = {
             family: {"method": r[0].method.name, "learning_rate": r[0].learning_rate} for family, r in families.items()
         }
-        summary[task] = {**compare(curves["TreeRPO"], curves["GRPO"]), **snr, "chosen": chosen}
+        summary[task] = {**snr, **compare(curves["TreeRPO"], curves["GRPO"]), "chosen": chosen}
         summary[task]["diagnostics"] = diagnostics(curves)
         write_task(task, curves, results_dir)
         if task in HEADLINE_TASKS:
             draw_diagnostics(task, curves, results_dir / f"{task}_diagnostics.png")
     (results_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    sparse = [json.loads(path.read_text()) for path in sorted(study.output_dir.glob("sparse/*.json"))]
+    if sparse:
+        (results_dir / "snr_by_success.json").write_text(json.dumps(sparse, indent=2) + "\n")
+        draw_snr([result for results in sparse for result in results], results_dir / "snr_by_success.png")
     ablations = {
         task: {
             group: {
@@ -190,7 +214,7 @@ def write_report(study: Study, results_dir: Path) -> None:
             }
             for group, methods in ABLATIONS.items()
         }
-        for task in HEADLINE_TASKS
+        for task in ABLATION_TASKS
         if task in summary
     }
     (results_dir / "ablations.md").write_text(ablation_table(ablations))

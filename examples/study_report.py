@@ -127,3 +127,20 @@ def draw_ablations(ablations: Mapping[str, Mapping[str, Mapping[str, Sequence[Cu
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def draw_snr(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The ratio of signal-to-noise ratios against the policy's share of right answers, a line a shape."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for index, name in enumerate(dict.fromkeys(result["treerpo"] for result in results)):
+        points = sorted((r["pass_at_1"], r["snr_ratio"], *r["snr_ratio_ci"]) for r in results if r["treerpo"] == name)
+        x, ratio, low, high = np.array(points).T
+        axis.errorbar(x, ratio, yerr=[ratio - low, high - ratio], marker="o", color=f"C{index}", label=name, capsize=3)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel("Pass@1 of the policy")
+    axis.set_ylabel("gradient SNR, TreeRPO / GRPO")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

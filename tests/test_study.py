@@ -35,6 +35,13 @@ def write_run(path, final_score):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def write_snr(path, trees, pass_at_1):
+    """What `gradient_snr` found."""
+    numbers = {"snr_ratio": 1.1, "snr_ratio_ci": [1.0, 1.2], "pass_at_1": pass_at_1}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps([{"treerpo": tree.name, "grpo": "grpo-8", **numbers} for tree in trees]))
+
+
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A study whose runs are all there; nothing is trained."""
@@ -51,7 +58,9 @@ def finished(tmp_path, monkeypatch):
     for stage in ("headline", "ablations", "lengths"):
         study.STAGES[stage](finished)
     for task in study.TASK_NAMES:
-        (tmp_path / task / "snr.json").write_text(json.dumps({"snr_ratio": 1.1, "snr_ratio_ci": [1.0, 1.2]}))
+        write_snr(tmp_path / task / "snr.json", [study.TREERPO], 0.2)
+    for temperature, pass_at_1 in ((1.0, 0.2), (1.4, 0.02)):
+        write_snr(tmp_path / "sparse" / f"snr-{temperature}.json", study.SPARSE_TREES, pass_at_1)
     return finished
 
 
@@ -64,15 +73,16 @@ def test_report_of_a_finished_study(finished, tmp_path):
         assert set(ASKED) <= set(numbers)
         assert numbers["chosen"]["TreeRPO"] == {"method": study.TREERPO.name, "learning_rate": 2e-4}
         assert numbers["chosen"]["GRPO"] == {"method": study.GRPO[0].name, "learning_rate": 2e-4}
-        assert numbers["seeds"] == 5
+        assert numbers["seeds"] == len(study.TEST_SEEDS if task in study.HEADLINE_TASKS else study.LENGTH_SEEDS)
         assert numbers["delta_pass_at_1"] == pytest.approx(0.1)
         assert (results / f"{task}.png").stat().st_size > 10_000
         assert len(json.loads((results / f"{task}.json").read_text())["GRPO"]) == 5
     table = (results / "ablations.md").read_text()
     for methods in study.ABLATIONS.values():
         for method in methods:
-            assert table.count(f"| {method.name} | 3 |") >= len(study.HEADLINE_TASKS)
+            assert table.count(f"| {method.name} | 3 |") >= len(study.ABLATION_TASKS)
     assert (results / "ablations.png").exists()
+    assert (results / "snr_by_success.png").exists()
 
 
 def test_report_leaves_out_what_is_not_finished(finished, tmp_path):
