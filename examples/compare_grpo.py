@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -39,7 +39,7 @@ import torch
 import transformers
 import yaml
 from compare_report import compare, draw, read_curve, table
-from compare_run import BUDGETS, Budget, Method, Run, execute, is_complete, read_records
+from compare_run import BUDGETS, Budget, Method, Run, check_settings, execute, is_complete, read_records
 from compare_workload import Workload, built_in
 from tasks import TASKS
 
@@ -55,44 +55,53 @@ def start_worker(log_path: str, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def worker_pool(num_workers: int, log_path: Path, num_threads: int) -> ProcessPoolExecutor:
-    """Processes to train in; they start anew, so that none inherits another's state."""
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    return ProcessPoolExecutor(
-        num_workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(str(log_path), num_threads)
-    )
+class Workers:
+    """Processes that execute runs, some at a time. They start anew, so that none inherits another's state.
 
-
-def execute_all(runs: Sequence[tuple[Run, Path]], log_path: Path, num_workers: int, num_threads: int) -> list[Path]:
-    """Execute runs, each in its folder, some at a time; returns their files in order.
-
-    Raises:
-        RuntimeError: Runs have failed; the others were executed.
+    Args:
+        log_path: What trainers print.
+        num_workers: Processes.
+        num_threads: CPU threads of each.
     """
-    paths = [folder / f"{run.name}.jsonl" for run, folder in runs]
-    missing = [(run, folder) for (run, folder), path in zip(runs, paths, strict=True) if not is_complete(path)]
-    if not missing:
-        return paths
-    start, failed = time.monotonic(), []
-    with worker_pool(num_workers, log_path, num_threads) as pool:
-        futures = {pool.submit(execute, run, folder): (run, folder) for run, folder in missing}
+
+    def __init__(self, log_path: Path, num_workers: int, num_threads: int = 1):
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_path = log_path
+        self.pool = ProcessPoolExecutor(
+            num_workers,
+            mp_context=get_context("spawn"),
+            initializer=start_worker,
+            initargs=(str(log_path), num_threads),
+        )
+
+    def execute_all(self, runs: Sequence[tuple[Run, Path]]) -> None:
+        """Execute those runs that are not complete, each in its folder.
+
+        Raises:
+            ValueError: A folder holds a run of that name with other settings.
+            RuntimeError: Runs have failed; the others were executed.
+        """
+        for run, folder in runs:
+            check_settings(run, folder)
+        missing = [(run, folder) for run, folder in runs if not is_complete(folder / f"{run.name}.jsonl")]
+        futures = {self.pool.submit(execute, run, folder): (run, folder) for run, folder in missing}
+        start, failed = time.monotonic(), []
         for count, future in enumerate(as_completed(futures), start=1):
             run, folder = futures[future]
             minutes = (time.monotonic() - start) / 60
             line = f"[{count}/{len(missing)}, {minutes:.1f} min] {folder.name}/{run.name}"
             if isinstance(error := future.exception(), BrokenProcessPool):
-                raise RuntimeError(f"a process was killed (out of memory?); see {log_path} and start again") from error
+                raise RuntimeError(f"a process was killed (memory?); see {self.log_path} and start again") from error
             if error is not None:
                 failed.append(f"{folder.name}/{run.name}: {type(error).__name__}: {error}")
                 print(f"{line}: failed: {error}", flush=True)
                 continue
             final = read_records(future.result())[-1]
             print(f"{line}: Pass@1 {final['pass_at_1']:.4f}, length {final['mean_length']:.1f}", flush=True)
-    if failed:
-        raise RuntimeError(
-            f"{len(failed)} runs failed (see {log_path}); start again to repeat them:\n" + "\n".join(failed)
-        )
-    return paths
+        if failed:
+            raise RuntimeError(
+                f"{len(failed)} runs failed (see {self.log_path}); start again to repeat them:\n" + "\n".join(failed)
+            )
 
 
 def choose(runs: Sequence[Run], folder: Path) -> tuple[Method, float]:
@@ -120,27 +129,23 @@ def tuning_runs(template: Run, methods: Sequence[Method], rates: Sequence[float]
 def compare_methods(template: Run, families: dict[str, list[Method]], args: argparse.Namespace) -> None:
     """Choose on validation problems, measure on test problems, report."""
     folder = args.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def run_all(runs: list[Run]) -> list[Path]:
-        return execute_all([(run, folder) for run in runs], folder / "workers.log", args.workers, args.threads)
-
+    workers = Workers(folder / "workers.log", args.workers, args.threads)
     grids = {
         family: tuning_runs(template, methods, args.learning_rates, args.tuning_seeds)
         for family, methods in families.items()
     }
-    run_all([run for grid in grids.values() for run in grid])
+    workers.execute_all([(run, folder) for grid in grids.values() for run in grid])
     tests = {}
     for family, grid in grids.items():
         method, rate = choose(grid, folder)
         print(f"{family}: {method.name} with learning rate {rate:g}, the best on validation problems")
         tests[family] = [replace(template, method=method, learning_rate=rate, seed=seed) for seed in args.seeds]
-    run_all([run for runs in tests.values() for run in runs])
+    workers.execute_all([(run, folder) for runs in tests.values() for run in runs])
     curves = {family: [read_curve(folder / f"{run.name}.jsonl") for run in runs] for family, runs in tests.items()}
     summary = {
         **compare(curves["TreeRPO"], curves["GRPO"]),
         "methods": {family: [runs[0].method.name, runs[0].learning_rate] for family, runs in tests.items()},
-        "budget": vars(template.budget) if hasattr(template.budget, "__dict__") else str(template.budget),
+        "budget": asdict(template.budget),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "table.md").write_text(table(curves) + "\n")

@@ -316,6 +316,35 @@ def execute(run: Run, folder: Path) -> Path:
     return path
 
 
+def check_settings(run: Run, folder: Path) -> None:
+    """Refuse a folder that holds a run of this name made with other settings, before anything is trained.
+
+    How often a run is measured on the way does not count.
+    """
+    path = folder / f"{run.name}.jsonl"
+    records = read_records(path) if path.exists() else []
+    if not records:
+        return
+    here, there = (flat_settings(settings) for settings in (asdict(run), records[0]["run"]))
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"{path} was made with {name}={there.get(name)}, but now it is {here.get(name)}; use another "
+                "output_dir"
+            )
+
+
+def flat_settings(settings: dict[str, Any]) -> dict[str, str]:
+    """Settings by dotted names, as text."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in flat_settings(value).items()}
+        elif name not in ("num_evaluations", "curve_problems"):
+            flat[name] = str(list(value) if isinstance(value, tuple) else value)
+    return flat
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's file; a last line that was cut short is left out."""
     records = []

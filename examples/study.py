@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compare_grpo import choose, execute_all, tuning_runs, worker_pool
+from compare_grpo import Workers, choose, tuning_runs
 from compare_report import compare, read_curve
 from compare_run import Budget, Method, Run, is_complete
 from compare_workload import built_in
@@ -83,8 +83,9 @@ ABLATIONS: dict[str, list[Method]] = {
 class Study:
     """The runs of the study, in one folder a task, and what has been chosen from them."""
 
-    def __init__(self, output_dir: Path, workers: int):
-        self.output_dir, self.workers = output_dir, workers
+    def __init__(self, output_dir: Path, num_workers: int):
+        self.output_dir = output_dir
+        self.workers = Workers(output_dir / "workers.log", num_workers)
 
     def template(self, task: str) -> Run:
         """A run of the task; method, learning rate and seed are to be replaced."""
@@ -93,8 +94,7 @@ class Study:
 
     def execute(self, runs: Sequence[tuple[str, Run]]) -> None:
         """(task, run) pairs."""
-        placed = [(run, self.output_dir / task) for task, run in runs]
-        execute_all(placed, self.output_dir / "workers.log", self.workers, num_threads=1)
+        self.workers.execute_all([(run, self.output_dir / task) for task, run in runs])
 
     def grid(self, task: str, family: str, seeds: Sequence[int]) -> list[Run]:
         """The runs from which a family's learning rate is chosen."""
@@ -159,17 +159,17 @@ def run_gradients(study: Study) -> None:
         (study.output_dir / "sparse" / f"snr-{temperature}.json", "chains_of_8", temperature, SPARSE_TREES, 8000)
         for temperature in SPARSE_TEMPERATURES
     ]
-    with worker_pool(study.workers, study.output_dir / "workers.log", num_threads=1) as pool:
-        futures = {}
-        for path, task, temperature, trees, per_step in jobs:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                workload = replace(study.template(task).workload, temperature=temperature)
-                futures[pool.submit(measure_snr, workload, trees, GRPO[0], per_step, GRADIENT_BATCHES)] = path
-        for future in as_completed(futures):
-            path = futures[future]
-            print(*(f"{path.parent.name} {json.dumps(result)}" for result in future.result()), sep="\n", flush=True)
-            path.write_text(json.dumps(future.result()) + "\n")
+    futures = {}
+    for path, task, temperature, trees, per_step in jobs:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            workload = replace(study.template(task).workload, temperature=temperature)
+            arguments = workload, trees, GRPO[0], per_step, GRADIENT_BATCHES
+            futures[study.workers.pool.submit(measure_snr, *arguments)] = path
+    for future in as_completed(futures):
+        path = futures[future]
+        print(*(f"{path.parent.name} {json.dumps(result)}" for result in future.result()), sep="\n", flush=True)
+        path.write_text(json.dumps(future.result()) + "\n")
 
 
 def write_report(study: Study, results_dir: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ import compare_run
 import gradient_snr
 from compare_grpo import choose, parse_options, tuning_runs
 from compare_run import Budget, Method, Recorder, Run, expected_tokens, read_records
-from compare_workload import Workload
+from compare_workload import Workload, built_in
 from scipy import stats
 
 
@@ -210,17 +210,27 @@ def test_the_script_compares_and_resumes_after_a_kill(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [["--budget", "leaves", "--per_step", "64", "--total", "256"],
-                                    ["--budget", "seconds", "--total", "2"]])  # fmt: skip
-def test_the_other_budgets(tmp_path, budget):
-    result = subprocess.run(command(tmp_path, *budget), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    finals = [read_records(path)[-1] for path in tmp_path.glob("*-test-*.jsonl")]
-    assert len(finals) == 4
-    if "leaves" in budget:
-        assert {final["leaves"] for final in finals} == {256}
+@pytest.mark.parametrize("budget", [Budget("leaves", 256, 64), Budget("seconds", 2, 600)])
+@pytest.mark.parametrize("method", [Method("tree", (2, 2)), Method("flat", (), 4)])
+def test_the_other_budgets(tmp_path, budget, method):
+    workload = built_in("chain_arithmetic", tmp_path, num_validation=16, num_test=16)
+    run = Run(workload, method, budget, 2e-4, 0, "test", num_evaluations=2)
+    final = read_records(compare_run.execute(run, tmp_path))[-1]
+    if budget.kind == "leaves":
+        assert final["leaves"] == 256
     else:
-        assert all(1 <= final["seconds"] <= 6 for final in finals)
+        assert 1 <= final["seconds"] <= 4
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
+    run = make_run(method=Method("tree", (2, 2)))
+    (tmp_path / f"{run.name}.jsonl").write_text(json.dumps({"run": asdict(run)}) + "\n")
+    compare_run.check_settings(run, tmp_path)
+    compare_run.check_settings(replace(run, num_evaluations=3), tmp_path)
+    with pytest.raises(ValueError, match=r"budget.total=1000, but now it is 2000; use another output_dir"):
+        compare_run.check_settings(replace(run, budget=Budget("tokens", 2000, 100)), tmp_path)
+    with pytest.raises(ValueError, match=r"method.branching=\[2, 2\], but now it is \[4\]"):
+        compare_run.check_settings(replace(run, method=Method("tree", (4,))), tmp_path)
 
 
 def test_a_task_or_a_model_is_needed():
