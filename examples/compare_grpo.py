@@ -38,8 +38,9 @@ from statistics import fmean
 import torch
 import transformers
 import yaml
+from compare_plan import BUDGETS, Budget, Method, Run, check_settings, is_complete, read_records
 from compare_report import compare, draw, read_curve, table
-from compare_run import BUDGETS, Budget, Method, Run, check_settings, execute, is_complete, read_records
+from compare_run import execute
 from compare_workload import Workload, built_in
 from tasks import TASKS
 

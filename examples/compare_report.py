@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_run import read_records
+from compare_plan import read_records
 from scipy import stats
 
 
@@ -84,6 +84,7 @@ def pass_at_1_difference(a: Sequence[Curve], b: Sequence[Curve]) -> tuple[float,
     sampling responses a second time, so the interval is rather too wide than too narrow.
     """
     difference = np.mean([c.problem_scores for c in a], axis=0) - np.mean([c.problem_scores for c in b], axis=0)
+    difference = difference[~np.isnan(difference)]  # problems that no reward function could score
     over_problems = difference.var(ddof=1) / len(difference)
     return welch(finals(a, "pass_at_1"), finals(b, "pass_at_1"), over_problems)
 

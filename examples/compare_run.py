@@ -1,7 +1,4 @@
-"""One training run of a comparison: a method, a learning rate and a seed, trained to a budget and measured on the way.
-
-The run is kept as JSONL: a line that says what was run, a line an evaluation, the last of which is `final`.
-"""
+"""One run of a comparison: a method, a learning rate and a seed, trained to a budget and measured on the way."""
 
 import json
 import math
@@ -9,13 +6,14 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from compare_plan import Run, is_complete, read_records
 from compare_workload import Workload
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -24,99 +22,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.evaluation import EvaluationResult, evaluate
-from treerpo_trl.sampling import TreeShape
 
 
-BUDGETS = ("tokens", "leaves", "seconds")
 CALIBRATION_PROMPTS = 512
 MOST_STEPS = 10_000  # of a run whose budget is time
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is compared: an algorithm, its shape and options.
-
-    Args:
-        name: What it is called in files, tables and figures.
-        branching: [D] branching factors of TreeRPO; empty is GRPO.
-        num_generations: GRPO's completions a prompt.
-        options: Other options of its config.
-    """
-
-    name: str
-    branching: tuple[int, ...] = ()
-    num_generations: int = 8
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def shape(self, max_completion_length: int) -> TreeShape:
-        """The tree; GRPO's is one of depth 1."""
-        branching = self.branching or (self.num_generations,)
-        segment_length = self.options.get("segment_length", -(-max_completion_length // len(branching)))
-        return TreeShape(branching, segment_length, max_completion_length)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What both methods may spend.
-
-    Args:
-        kind: "tokens": sampled tokens, each counted once, prompts excluded; "leaves": completions of the complete
-            trees; "seconds": time of training, evaluation excluded.
-        total: Of these, in all.
-        per_step: Sampled tokens a step ("leaves": leaves a step), which sets the prompts a step.
-    """
-
-    kind: str
-    total: float
-    per_step: float
-
-    def prompts_per_step(self, shape: TreeShape, lengths: Sequence[int]) -> int:
-        """Prompts whose completions cost `per_step`, for responses as long as these."""
-        cost = shape.num_leaves if self.kind == "leaves" else expected_tokens(shape, lengths)
-        return max(1, round(self.per_step / cost))
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run, as it can be handed to another process.
-
-    Args:
-        split: Held-out problems it is measured on: "validation" or "test".
-        num_evaluations: Measurements on the way, after equal shares of the budget, the last one at the end.
-        curve_problems: Problems of those on the way, one sample each.
-        final_samples: Samples of every problem at the end.
-    """
-
-    workload: Workload
-    method: Method
-    budget: Budget
-    learning_rate: float
-    seed: int
-    split: str
-    num_evaluations: int = 8
-    curve_problems: int = 1024
-    final_samples: int = 4
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """A file name."""
-        return f"{self.method.name}-lr{self.learning_rate:g}-{self.split}-seed{self.seed}"
-
-
-def expected_tokens(shape: TreeShape, lengths: Sequence[int]) -> float:
-    """Expected sampled tokens of a tree whose responses are as long as these: the number of nodes at each depth of
-    the complete tree times the mean number of a response's tokens that lie in the segment of that depth.
-
-    Exact for any policy, because every path of the tree is a sample from it.
-    """
-    total, num_nodes, start = 0.0, 1, 0
-    for depth, factor in enumerate(shape.branching, start=1):
-        num_nodes *= factor
-        size = shape.max_tokens(depth)
-        total += num_nodes * fmean(min(max(length - start, 0), size) for length in lengths)
-        start += size
-    return total
 
 
 class Recorder(TrainerCallback):
@@ -204,7 +113,10 @@ class Recorder(TrainerCallback):
             "metrics": {name: float(f"{fmean(values):.5g}") for name, values in self.metrics.items()},
         }
         if is_final:
-            record |= {"final": True, "problem_scores": [round(score, 4) for score in result.problem_scores]}
+            record |= {
+                "final": True,
+                "problem_scores": [None if score is None else round(score, 4) for score in result.problem_scores],
+            }
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self.metrics.clear()
@@ -314,48 +226,3 @@ def execute(run: Run, folder: Path) -> Path:
     trainer.train(resume_from_checkpoint=checkpoint)
     shutil.rmtree(scratch, ignore_errors=True)
     return path
-
-
-def check_settings(run: Run, folder: Path) -> None:
-    """Refuse a folder that holds a run of this name made with other settings, before anything is trained.
-
-    How often a run is measured on the way does not count.
-    """
-    path = folder / f"{run.name}.jsonl"
-    records = read_records(path) if path.exists() else []
-    if not records:
-        return
-    here, there = (flat_settings(settings) for settings in (asdict(run), records[0]["run"]))
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            raise ValueError(
-                f"{path} was made with {name}={there.get(name)}, but now it is {here.get(name)}; use another "
-                "output_dir"
-            )
-
-
-def flat_settings(settings: dict[str, Any]) -> dict[str, str]:
-    """Settings by dotted names, as text."""
-    flat = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": inner for key, inner in flat_settings(value).items()}
-        elif name not in ("num_evaluations", "curve_problems"):
-            flat[name] = str(list(value) if isinstance(value, tuple) else value)
-    return flat
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's file; a last line that was cut short is left out."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
-def is_complete(path: Path) -> bool:
-    """Whether the file ends with the final measurement."""
-    return path.exists() and bool((read_records(path) or [{}])[-1].get("final"))

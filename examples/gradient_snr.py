@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare_run import Budget, Method, Run, make_trainer, response_lengths
+from compare_plan import Budget, Method, Run
+from compare_run import make_trainer, response_lengths
 from compare_workload import Workload, built_in
 from tasks import TASKS
 from transformers import TrainerCallback

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from compare_grpo import Workers, choose, tuning_runs
+from compare_plan import Budget, Method, Run, is_complete
 from compare_report import compare, read_curve
-from compare_run import Budget, Method, Run, is_complete
 from compare_workload import built_in
 from gradient_snr import measure_snr
 from study_report import ablation_table, diagnostics, draw_ablations, draw_diagnostics, draw_snr, write_task

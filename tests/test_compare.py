@@ -21,10 +21,10 @@ from treerpo_trl.tree import Segment
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import compare_report as report
-import compare_run
 import gradient_snr
 from compare_grpo import choose, parse_options, tuning_runs
-from compare_run import Budget, Method, Recorder, Run, expected_tokens, read_records
+from compare_plan import Budget, Method, Run, check_settings, expected_tokens, is_complete, read_records
+from compare_run import Recorder, execute
 from compare_workload import Workload, built_in
 from scipy import stats
 
@@ -155,7 +155,7 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_text('{"run": 1}\n{"step": 0}\n{"step": 1, "fi')
     assert read_records(path) == [{"run": 1}, {"step": 0}]
-    assert not compare_run.is_complete(path)
+    assert not is_complete(path)
 
 
 def test_snr_recovers_what_gradients_were_made_of():
@@ -189,7 +189,7 @@ def test_the_script_compares_and_resumes_after_a_kill(tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    finished = {path: path.read_text() for path in tmp_path.glob("*.jsonl") if compare_run.is_complete(path)}
+    finished = {path: path.read_text() for path in tmp_path.glob("*.jsonl") if is_complete(path)}
     result = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     for path, text in finished.items():
@@ -215,7 +215,7 @@ def test_the_script_compares_and_resumes_after_a_kill(tmp_path):
 def test_the_other_budgets(tmp_path, budget, method):
     workload = built_in("chain_arithmetic", tmp_path, num_validation=16, num_test=16)
     run = Run(workload, method, budget, 2e-4, 0, "test", num_evaluations=2)
-    final = read_records(compare_run.execute(run, tmp_path))[-1]
+    final = read_records(execute(run, tmp_path))[-1]
     if budget.kind == "leaves":
         assert final["leaves"] == 256
     else:
@@ -225,12 +225,12 @@ def test_the_other_budgets(tmp_path, budget, method):
 def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
     run = make_run(method=Method("tree", (2, 2)))
     (tmp_path / f"{run.name}.jsonl").write_text(json.dumps({"run": asdict(run)}) + "\n")
-    compare_run.check_settings(run, tmp_path)
-    compare_run.check_settings(replace(run, num_evaluations=3), tmp_path)
+    check_settings(run, tmp_path)
+    check_settings(replace(run, num_evaluations=3), tmp_path)
     with pytest.raises(ValueError, match=r"budget.total=1000, but now it is 2000; use another output_dir"):
-        compare_run.check_settings(replace(run, budget=Budget("tokens", 2000, 100)), tmp_path)
+        check_settings(replace(run, budget=Budget("tokens", 2000, 100)), tmp_path)
     with pytest.raises(ValueError, match=r"method.branching=\[2, 2\], but now it is \[4\]"):
-        compare_run.check_settings(replace(run, method=Method("tree", (4,))), tmp_path)
+        check_settings(replace(run, method=Method("tree", (4,))), tmp_path)
 
 
 def test_a_task_or_a_model_is_needed():
