@@ -207,12 +207,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Command line."""
-    parser = make_parser()
-    args = parser.parse_args()
-    if (args.task is None) == (args.model_name_or_path is None):
-        parser.error("give either --task, or --model_name_or_path with --dataset_name and --reward_funcs")
+def make_workload(args: argparse.Namespace) -> Workload:
+    """What the command line asks to train."""
     sizes = {
         "temperature": args.temperature,
         "num_validation": args.num_validation,
@@ -220,20 +216,31 @@ def main() -> None:
         "max_rows_per_micro_batch": args.rows_per_micro_batch,
     }
     if args.task is not None:
-        workload = built_in(args.task, args.output_dir / "base_models", **sizes)
-    else:
-        workload = Workload(
-            model=args.model_name_or_path,
-            dataset=args.dataset_name,
-            train_split=args.dataset_train_split,
-            held_out_split=args.dataset_test_split,
-            prompt_column=args.dataset_prompt_column,
-            solution_column=args.dataset_solution_column,
-            system_prompt=args.system_prompt,
-            reward_names=tuple(args.reward_funcs),
-            max_completion_length=args.max_completion_length,
-            **sizes,
-        )
+        return built_in(args.task, args.output_dir / "base_models", **sizes)
+    return Workload(
+        model=args.model_name_or_path,
+        dataset=args.dataset_name,
+        train_split=args.dataset_train_split,
+        held_out_split=args.dataset_test_split,
+        prompt_column=args.dataset_prompt_column,
+        solution_column=args.dataset_solution_column,
+        system_prompt=args.system_prompt,
+        reward_names=tuple(args.reward_funcs),
+        max_completion_length=args.max_completion_length,
+        **sizes,
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = make_parser()
+    args = parser.parse_args()
+    is_own = None not in (args.model_name_or_path, args.dataset_name) and bool(args.reward_funcs)
+    if (args.task is not None) == is_own:
+        parser.error("give either --task, or all of --model_name_or_path, --dataset_name and --reward_funcs")
+    workload = make_workload(args)
+    workload.reward_funcs()  # a mistake in the data should show before anything is trained
+    workload.held_out("test")
     tree = Method(f"treerpo-{'x'.join(map(str, args.branching_factor))}", tuple(args.branching_factor),
                   options=parse_options(args.treerpo_options))  # fmt: skip
     flat = [Method(f"grpo-{g}", (), g, parse_options(args.grpo_options)) for g in args.num_generations]

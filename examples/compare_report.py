@@ -150,7 +150,7 @@ def compare(tree: Sequence[Curve], flat: Sequence[Curve]) -> dict[str, Any]:
         "cpu_seconds_to_parity": parity(tree, flat, "cpu_seconds"),
         "seeds": min(len(tree), len(flat)),
         "token_mismatch": abs(tree_tokens - flat_tokens) / flat_tokens,
-        "seconds_ratio": float(finals(tree, "cpu_seconds").mean() / finals(flat, "cpu_seconds").mean()),
+        "cpu_seconds_ratio": float(finals(tree, "cpu_seconds").mean() / finals(flat, "cpu_seconds").mean()),
     }
 
 

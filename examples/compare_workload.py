@@ -1,13 +1,14 @@
 """What a comparison trains: a base model, its problems in three splits, and the verifier."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from make_base_model import train_base_model
 from tasks import BASE_MODELS, TASKS
-from train import load_reward_func
+from train import TreeRPOScriptArguments, load_reward_funcs
 from train_data import load_split, set_columns
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,7 +53,7 @@ class Workload:
         """The verifier, the same in training and in evaluation."""
         if self.task is not None:
             return [TASKS[self.task].reward_func]
-        return [load_reward_func(name) for name in self.reward_names]
+        return load_reward_funcs(TreeRPOScriptArguments(reward_funcs=list(self.reward_names)))
 
     def train(self, num_problems: int, seed: int) -> Dataset:
         """Training problems, `num_problems` of them if there are as many; another seed gives others."""
@@ -61,6 +62,7 @@ class Workload:
         dataset = self._load(self.train_split).shuffle(seed=seed)
         return dataset.select(range(min(num_problems, len(dataset))))
 
+    @lru_cache(maxsize=4)  # noqa: B019  a run asks for one split at every measurement
     def held_out(self, split: str) -> Dataset:
         """The problems of "validation" or "test"."""
         count = self.num_validation + self.num_test

@@ -30,7 +30,15 @@ from compare_plan import Budget, Method, Run, is_complete
 from compare_report import compare, read_curve
 from compare_workload import built_in
 from gradient_snr import measure_snr
-from study_report import ablation_table, diagnostics, draw_ablations, draw_diagnostics, draw_snr, write_task
+from study_report import (
+    ablation_table,
+    diagnostics,
+    draw_ablations,
+    draw_diagnostics,
+    draw_snr,
+    headline_table,
+    write_task,
+)
 
 
 HEADLINE_TASKS = ("chain_arithmetic", "countdown")
@@ -197,6 +205,7 @@ def write_report(study: Study, results_dir: Path) -> None:
         if task in HEADLINE_TASKS:
             draw_diagnostics(task, curves, results_dir / f"{task}_diagnostics.png")
     (results_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (results_dir / "headline.md").write_text(headline_table(summary))
     sparse = [json.loads(path.read_text()) for path in sorted(study.output_dir.glob("sparse/*.json"))]
     if sparse:
         (results_dir / "snr_by_success.json").write_text(json.dumps(sparse, indent=2) + "\n")

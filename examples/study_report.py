@@ -144,3 +144,28 @@ def draw_snr(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def headline_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: a row a task, as in the README."""
+    lines = [
+        "| task | Pass@1 before | GRPO | TreeRPO | difference, points (95%) | length, TreeRPO / GRPO (95%) | "
+        "tokens to parity | CPU time, TreeRPO / GRPO | gradient SNR, TreeRPO / GRPO (95%) | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task, numbers in summary.items():
+        delta, low, high = (100 * numbers[name] for name in ("delta_pass_at_1", "ci_low", "ci_high"))
+        length_low, length_high = numbers["length_ratio_ci"]
+        parity = "not reached" if numbers["tokens_to_parity"] is None else f"{numbers['tokens_to_parity']:.2f}"
+        snr = (
+            ""
+            if numbers["snr_ratio"] is None
+            else "{:.2f} ({:.2f} to {:.2f})".format(numbers["snr_ratio"], *numbers["snr_ratio_ci"])
+        )
+        lines.append(
+            f"| {task} | {numbers['pass_at_1_before']:.3f} | {numbers['pass_at_1_grpo']:.3f} | "
+            f"{numbers['pass_at_1_treerpo']:.3f} | {delta:+.1f} ({low:+.1f} to {high:+.1f}) | "
+            f"{numbers['length_ratio']:.3f} ({length_low:.3f} to {length_high:.3f}) | {parity} | "
+            f"{numbers['cpu_seconds_ratio']:.2f} | {snr} | {numbers['seeds']} |"
+        )
+    return "\n".join(lines) + "\n"

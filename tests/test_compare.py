@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import compare_report as report
 import gradient_snr
+from chain_arithmetic import make_dataset
 from compare_grpo import choose, parse_options, tuning_runs
 from compare_plan import Budget, Method, Run, check_settings, expected_tokens, is_complete, read_records
 from compare_run import Recorder, execute
@@ -233,9 +234,35 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
         check_settings(replace(run, method=Method("tree", (4,))), tmp_path)
 
 
-def test_a_task_or_a_model_is_needed():
+@pytest.mark.slow
+def test_any_model_and_dataset(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, held_out in (("train", False), ("test", True)):
+        rows = make_dataset(64, 0, held_out).rename_columns({"prompt": "question", "answer": "gold"})
+        rows = rows.map(lambda row: {"answer": row["gold"]}, remove_columns="gold")
+        rows.to_parquet(data / f"{split}.parquet")
+    options = [
+        "--model_name_or_path", "examples/base_model", "--dataset_name", str(data), "--dataset_prompt_column",
+        "question", "--reward_funcs", "chain_arithmetic.correctness_reward", "--max_completion_length", "37",
+        "--branching_factor", "4", "2", "--workers", "1", "--treerpo_options", "advantage_estimator=centered",
+    ]  # fmt: skip
+    arguments = command(tmp_path / "out", *options)
+    index = arguments.index("--task")
+    result = subprocess.run(arguments[:index] + arguments[index + 2 :], cwd=ROOT, capture_output=True, text=True,
+                            check=False, env={**os.environ, "PYTHONPATH": "examples"})  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["methods"]["TreeRPO"][0] == "treerpo-4x2"
+    assert 0.1 < summary["pass_at_1_before"] < 0.5
+
+
+@pytest.mark.parametrize("options", [[], ["--task", "countdown", "--model_name_or_path", "m", "--dataset_name", "d",
+                                          "--reward_funcs", "accuracy_reward"],
+                                     ["--model_name_or_path", "m", "--dataset_name", "d"]])  # fmt: skip
+def test_a_task_or_a_model_is_needed(options):
     result = subprocess.run(
-        [sys.executable, "examples/compare_grpo.py"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "examples/compare_grpo.py", *options], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
     assert "--task" in result.stderr.splitlines()[-1]
