@@ -89,6 +89,20 @@ def pass_at_1_difference(a: Sequence[Curve], b: Sequence[Curve]) -> tuple[float,
     return welch(finals(a, "pass_at_1"), finals(b, "pass_at_1"), over_problems)
 
 
+def difference_at_equal_cost(
+    a: Sequence[Curve], b: Sequence[Curve], axis: str = "cpu_seconds"
+) -> tuple[float, float, float]:
+    """Pass@1 of a - b where both have spent what the cheaper one spends in all, with an interval over seeds.
+
+    Linear between the measurements on the way, which have fewer problems than the last one, and so more noise.
+    """
+    spent = min(float(np.mean([getattr(curve, axis)[-1] for curve in curves])) for curves in (a, b))
+    at_spent = [
+        np.array([np.interp(spent, getattr(curve, axis), curve.pass_at_1) for curve in curves]) for curves in (a, b)
+    ]
+    return welch(*at_spent)
+
+
 def length_ratio(a: Sequence[Curve], b: Sequence[Curve]) -> tuple[float, float, float]:
     """Mean response length of a / b at the end, with an interval over seeds (of the difference of logarithms)."""
     ratio, low, high = welch(np.log(finals(a, "mean_length")), np.log(finals(b, "mean_length")))
@@ -133,6 +147,7 @@ def compare(tree: Sequence[Curve], flat: Sequence[Curve]) -> dict[str, Any]:
     """The headline numbers of TreeRPO against GRPO."""
     delta, low, high = pass_at_1_difference(tree, flat)
     ratio, ratio_low, ratio_high = length_ratio(tree, flat)
+    timed, timed_low, timed_high = difference_at_equal_cost(tree, flat)
     tree_tokens, flat_tokens = finals(tree, "tokens").mean(), finals(flat, "tokens").mean()
     return {
         "pass_at_1_before": float(np.mean([curve.pass_at_1[0] for curve in [*tree, *flat]])),
@@ -150,6 +165,8 @@ def compare(tree: Sequence[Curve], flat: Sequence[Curve]) -> dict[str, Any]:
         "cpu_seconds_to_parity": parity(tree, flat, "cpu_seconds"),
         "seeds": min(len(tree), len(flat)),
         "token_mismatch": abs(tree_tokens - flat_tokens) / flat_tokens,
+        "delta_at_equal_cpu_seconds": timed,
+        "delta_at_equal_cpu_seconds_ci": [timed_low, timed_high],
         "cpu_seconds_ratio": float(finals(tree, "cpu_seconds").mean() / finals(flat, "cpu_seconds").mean()),
     }
 

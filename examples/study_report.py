@@ -92,7 +92,7 @@ def ablation_table(ablations: Mapping[str, Mapping[str, Mapping[str, Sequence[Cu
                     continue
                 scores = finals(curves, "pass_at_1")
                 delta, low, high = welch(scores, finals(first, "pass_at_1"))
-                difference = "" if curves is first else f"{100 * delta:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+                difference = "" if curves is first else in_points(delta, (low, high))
                 length, seconds = finals(curves, "mean_length").mean(), finals(curves, "cpu_seconds").mean()
                 lines.append(
                     f"| {group} | {name} | {len(curves)} | {scores.mean():.4f} | {difference} | {length:.1f} | "
@@ -148,24 +148,34 @@ def draw_snr(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def headline_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: a row a task, as in the README."""
-    lines = [
-        "| task | Pass@1 before | GRPO | TreeRPO | difference, points (95%) | length, TreeRPO / GRPO (95%) | "
-        "tokens to parity | CPU time, TreeRPO / GRPO | gradient SNR, TreeRPO / GRPO (95%) | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    columns = [
+        "task",
+        "Pass@1 before",
+        "GRPO",
+        "TreeRPO",
+        "difference at equal tokens, points",
+        "at equal CPU time",
+        "length, TreeRPO / GRPO",
+        "tokens to parity",
+        "CPU time, TreeRPO / GRPO",
+        "gradient SNR, TreeRPO / GRPO",
     ]
+    lines = [columns, ["---"] * len(columns)]
     for task, numbers in summary.items():
-        delta, low, high = (100 * numbers[name] for name in ("delta_pass_at_1", "ci_low", "ci_high"))
-        length_low, length_high = numbers["length_ratio_ci"]
+        shares = [f"{numbers[name]:.3f}" for name in ("pass_at_1_before", "pass_at_1_grpo", "pass_at_1_treerpo")]
+        ends = [numbers["ci_low"], numbers["ci_high"]]
+        timed = in_points(numbers["delta_at_equal_cpu_seconds"], numbers["delta_at_equal_cpu_seconds_ci"])
+        length = "{:.3f} ({:.3f} to {:.3f})".format(numbers["length_ratio"], *numbers["length_ratio_ci"])
         parity = "not reached" if numbers["tokens_to_parity"] is None else f"{numbers['tokens_to_parity']:.2f}"
-        snr = (
-            ""
-            if numbers["snr_ratio"] is None
-            else "{:.2f} ({:.2f} to {:.2f})".format(numbers["snr_ratio"], *numbers["snr_ratio_ci"])
-        )
-        lines.append(
-            f"| {task} | {numbers['pass_at_1_before']:.3f} | {numbers['pass_at_1_grpo']:.3f} | "
-            f"{numbers['pass_at_1_treerpo']:.3f} | {delta:+.1f} ({low:+.1f} to {high:+.1f}) | "
-            f"{numbers['length_ratio']:.3f} ({length_low:.3f} to {length_high:.3f}) | {parity} | "
-            f"{numbers['cpu_seconds_ratio']:.2f} | {snr} | {numbers['seeds']} |"
-        )
-    return "\n".join(lines) + "\n"
+        snr = ""
+        if numbers["snr_ratio"] is not None:
+            snr = "{:.2f} ({:.2f} to {:.2f})".format(numbers["snr_ratio"], *numbers["snr_ratio_ci"])
+        points = in_points(numbers["delta_pass_at_1"], ends)
+        lines.append([task, *shares, points, timed, length, parity, f"{numbers['cpu_seconds_ratio']:.2f}", snr])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def in_points(delta: float, ends: Sequence[float]) -> str:
+    """A difference of Pass@1 with its interval, in percentage points."""
+    low, high = ends
+    return f"{100 * delta:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

@@ -111,6 +111,15 @@ def test_parity_is_the_share_of_the_others_tokens():
     assert report.parity(flat, flat) == pytest.approx(1.0)
 
 
+def test_equal_cost_is_that_of_the_cheaper():
+    cheap = [make_curve([0.2, 0.4, 0.5 + noise], tokens=(0, 50, 100)) for noise in (0, 0.02)]
+    dear = [make_curve([0.2, 0.3 + noise, 0.6], tokens=(0, 100, 200)) for noise in (0, 0.02)]
+    delta, low, high = report.difference_at_equal_cost(cheap, dear)
+    assert delta == pytest.approx(0.51 - 0.31)
+    assert low < delta < high
+    assert report.difference_at_equal_cost(dear, cheap)[0] == pytest.approx(-delta)
+
+
 def test_summary_of_two_methods():
     tree = [make_curve([0.2, 0.5, 0.6 + noise], length=8.0) for noise in (0, 0.02)]
     flat = [make_curve([0.2, 0.4, 0.5 + noise], length=10.0, tokens=(0, 100, 202)) for noise in (0, 0.02)]
