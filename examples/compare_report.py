@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from compare_plan import read_records
 from scipy import stats
@@ -189,15 +190,14 @@ def table(methods: dict[str, Sequence[Curve]]) -> str:
 
 
 def draw(methods: dict[str, Sequence[Curve]], title: str, path: Path) -> None:
-    """Pass@1 and response length against sampled tokens and against time: means over seeds, and every run thinly."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [("tokens", "sampled tokens"), ("seconds", "seconds of training")]
+    """Pass@1 and response length against sampled tokens and time: means over seeds, and every run thinly."""
+    panels = [
+        ("tokens", "sampled tokens"),
+        ("seconds", "seconds of training"),
+        ("cpu_seconds", "CPU seconds of training"),
+    ]
     rows = [("pass_at_1", "Pass@1"), ("mean_length", "response length (tokens)")]
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="col", sharey="row", layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex="col", sharey="row", layout="constrained")
     for row, (y, y_label) in enumerate(rows):
         for column, (x, x_label) in enumerate(panels):
             axis = axes[row][column]

@@ -5,13 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from compare_report import Curve, draw, finals, interval, table, welch
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def write_task(task: str, curves: Mapping[str, Sequence[Curve]], results_dir: Path) -> None:
