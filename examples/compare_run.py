@@ -13,6 +13,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import release_memory
 from compare_plan import Run, is_complete, read_records
 from compare_workload import Workload
 from transformers import TrainerCallback
@@ -203,6 +205,7 @@ def execute(run: Run, folder: Path) -> Path:
     if is_complete(path):
         return path
     model, tokenizer = run.workload.load()
+    model.to(PartialState().device)
     lengths = response_lengths(run.workload, model, tokenizer)
     # Twice the steps that the budget takes, in case responses become shorter; the recorder ends training.
     steps = MOST_STEPS if run.budget.kind == "seconds" else round(2 * run.budget.total / run.budget.per_step)
@@ -224,5 +227,12 @@ def execute(run: Run, folder: Path) -> Path:
         path.write_text("".join(json.dumps(record) + "\n" for record in (header, *records)))
         recorder.resume(records)
     trainer.train(resume_from_checkpoint=checkpoint)
+    release_memory(model, trainer)  # the process goes on with other runs
+    if not is_complete(path):
+        raise RuntimeError(
+            f"{run.name} has spent only {recorder.progress():.0%} of its budget of {run.budget.total:g} "
+            f"{run.budget.kind} in {steps} steps: responses are less than half as long as the base model's; raise "
+            "per_step or lower the total"
+        )
     shutil.rmtree(scratch, ignore_errors=True)
     return path

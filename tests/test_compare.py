@@ -21,11 +21,12 @@ from treerpo_trl.tree import Segment
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import compare_report as report
+import compare_run
 import gradient_snr
 from chain_arithmetic import make_dataset
 from compare_grpo import choose, parse_options, tuning_runs
 from compare_plan import Budget, Method, Run, check_settings, expected_tokens, is_complete, read_records
-from compare_run import Recorder, execute
+from compare_run import Recorder
 from compare_workload import Workload, built_in
 from scipy import stats
 
@@ -225,11 +226,19 @@ def test_the_script_compares_and_resumes_after_a_kill(tmp_path):
 def test_the_other_budgets(tmp_path, budget, method):
     workload = built_in("chain_arithmetic", tmp_path, num_validation=16, num_test=16)
     run = Run(workload, method, budget, 2e-4, 0, "test", num_evaluations=2)
-    final = read_records(execute(run, tmp_path))[-1]
+    final = read_records(compare_run.execute(run, tmp_path))[-1]
     if budget.kind == "leaves":
         assert final["leaves"] == 256
     else:
         assert 1 <= final["seconds"] <= 4
+
+
+def test_a_budget_that_is_not_spent_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_run, "MOST_STEPS", 1)
+    workload = built_in("chain_arithmetic", tmp_path, num_validation=4, num_test=4)
+    run = Run(workload, Method("flat", (), 4), Budget("seconds", 1000, 200), 2e-4, 0, "test")
+    with pytest.raises(RuntimeError, match=r"only 0% of its budget of 1000 seconds in 1 steps"):
+        compare_run.execute(run, tmp_path)
 
 
 def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
