@@ -71,56 +71,42 @@ def draw_diagnostics(task: str, curves: Mapping[str, Sequence[Curve]], path: Pat
     plt.close(figure)
 
 
-def ablation_table(ablations: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]]) -> str:
-    """Markdown: a table a task, a row a variant, its difference from the first of its group with a 95% interval."""
-    lines = []
-    for task, groups in ablations.items():
-        lines += [
-            f"## {task}",
-            "",
-            "| group | variant | seeds | Pass@1 | difference from the first (95%) | response length | CPU seconds |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for group, variants in groups.items():
-            first = next(iter(variants.values()))
-            for name, curves in variants.items():
-                if len(curves) < 2 or len(first) < 2:
-                    continue
-                scores = finals(curves, "pass_at_1")
-                delta, low, high = welch(scores, finals(first, "pass_at_1"))
-                difference = "" if curves is first else in_points(delta, (low, high))
-                length, seconds = finals(curves, "mean_length").mean(), finals(curves, "cpu_seconds").mean()
-                lines.append(
-                    f"| {group} | {name} | {len(curves)} | {scores.mean():.4f} | {difference} | {length:.1f} | "
-                    f"{seconds:.0f} |"
-                )
-        lines.append("")
-    return "\n".join(lines)
+def ablation_table(ablations: Mapping[str, Mapping[str, Sequence[Curve]]]) -> str:
+    """Markdown: a row a variant, its difference from the first of its group with a 95% interval over seeds."""
+    lines = [
+        "| group | variant | seeds | Pass@1 | difference from the first (95%) | response length | CPU seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for group, variants in ablations.items():
+        first = next(iter(variants.values()))
+        for name, curves in variants.items():
+            if len(curves) < 2 or len(first) < 2:
+                continue
+            scores = finals(curves, "pass_at_1")
+            delta, low, high = welch(scores, finals(first, "pass_at_1"))
+            difference = "" if curves is first else in_points(delta, (low, high))
+            length, seconds = finals(curves, "mean_length").mean(), finals(curves, "cpu_seconds").mean()
+            cells = [group, name, len(curves), f"{scores.mean():.3f}", difference, f"{length:.1f}", f"{seconds:.0f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
 
 
-def draw_ablations(ablations: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]], path: Path) -> None:
+def draw_ablations(ablations: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path) -> None:
     """Pass@1 of every variant with its 95% interval over seeds."""
-    if not ablations:
-        return
-    figure, axes = plt.subplots(
-        1, len(ablations), figsize=(6 * len(ablations), 6), layout="constrained", squeeze=False
-    )
-    for axis, (task, groups) in zip(axes[0], ablations.items(), strict=True):
-        labels: list[str] = []
-        for index, (group, variants) in enumerate(groups.items()):
-            for name, curves in variants.items():
-                if len(curves) < 2:
-                    continue
-                scores = finals(curves, "pass_at_1")
-                low, high = interval(scores)
-                axis.plot([low, high], [len(labels)] * 2, color=f"C{index}")
-                axis.plot(scores.mean(), len(labels), "o", color=f"C{index}")
-                labels.append(f"{group}: {name.removeprefix('treerpo-')}")
-        axis.set_yticks(range(len(labels)), labels)
-        axis.invert_yaxis()
-        axis.set_xlabel("Pass@1 on validation problems")
-        axis.set_title(task)
-        axis.grid(alpha=0.3)
+    figure, axis = plt.subplots(figsize=(7, 7), layout="constrained")
+    labels: list[str] = []
+    for index, (group, variants) in enumerate(ablations.items()):
+        for name, curves in variants.items():
+            if len(curves) < 2:
+                continue
+            scores = finals(curves, "pass_at_1")
+            axis.plot(interval(scores), [len(labels)] * 2, color=f"C{index}")
+            axis.plot(scores.mean(), len(labels), "o", color=f"C{index}")
+            labels.append(f"{group}: {name.removeprefix('treerpo-')}")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel("Pass@1 on validation problems")
+    axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
