@@ -192,20 +192,21 @@ def table(methods: dict[str, Sequence[Curve]]) -> str:
 def draw(methods: dict[str, Sequence[Curve]], title: str, path: Path) -> None:
     """Pass@1 and response length against sampled tokens and time: means over seeds, and every run thinly."""
     panels = [
-        ("tokens", "sampled tokens"),
-        ("seconds", "seconds of training"),
-        ("cpu_seconds", "CPU seconds of training"),
+        ("tokens", "sampled tokens, thousands", 1000),
+        ("seconds", "seconds of training", 1),
+        ("cpu_seconds", "CPU seconds of training", 1),
     ]
     rows = [("pass_at_1", "Pass@1"), ("mean_length", "response length (tokens)")]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex="col", sharey="row", layout="constrained")
     for row, (y, y_label) in enumerate(rows):
-        for column, (x, x_label) in enumerate(panels):
+        for column, (x, x_label, unit) in enumerate(panels):
             axis = axes[row][column]
             for index, (name, curves) in enumerate(methods.items()):
                 color = f"C{index}"
                 for curve in curves:
-                    axis.plot(getattr(curve, x), getattr(curve, y), color=color, alpha=0.25, linewidth=0.8)
-                axis.plot(*mean_curve(curves, x, y), color=color, linewidth=2, label=name)
+                    axis.plot(getattr(curve, x) / unit, getattr(curve, y), color=color, alpha=0.25, linewidth=0.8)
+                spent, reached = mean_curve(curves, x, y)
+                axis.plot(spent / unit, reached, color=color, linewidth=2, label=name)
             axis.grid(alpha=0.3)
             if row == 1:
                 axis.set_xlabel(x_label)

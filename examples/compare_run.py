@@ -179,7 +179,9 @@ def make_trainer(run: Run, lengths: Sequence[int], output_dir: Path, max_steps: 
         **method.options,
     }
     if method.branching:
-        args: Any = TreeRPOConfig(branching_factor=list(method.branching), **options)
+        # A single number would hold for every depth.
+        options |= {"branching_factor": list(method.branching), "max_depth": shape.max_depth}
+        args: Any = TreeRPOConfig(**options)
         trainer_class: Any = TreeRPOTrainer
     else:
         args = GRPOConfig(num_generations=method.num_generations, **options)

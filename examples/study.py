@@ -47,6 +47,7 @@ def tree(*branching: int, suffix: str = "", **options: Any) -> Method:
 
 
 TREERPO = tree(2, 2, 2, 2)
+SMALL = tree(4, 2)  # the best of the ablations
 GRPO = [Method(f"grpo-{count}", (), count) for count in (8, 4)]
 BUDGET = Budget("tokens", total=320_000, per_step=4000)
 RATE = 2e-4
@@ -66,7 +67,7 @@ class Comparison:
     """
 
     task: str
-    families: dict[str, list[Method]] = field(default_factory=lambda: {"TreeRPO": [TREERPO], "GRPO": GRPO[:1]})
+    families: dict[str, list[Method]] = field(default_factory=lambda: {"TreeRPO": [SMALL], "GRPO": GRPO[:1]})
     learning_rates: tuple[float, ...] = (RATE,)
     tuning_seeds: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -79,7 +80,7 @@ def headline(task: str) -> Comparison:
     """Shapes, GRPO's group size and learning rates chosen on validation problems; five seeds."""
     return Comparison(
         task,
-        families={"TreeRPO": [TREERPO, tree(4, 4), tree(8, 2)], "GRPO": GRPO},
+        families={"TreeRPO": [TREERPO, tree(4, 4), tree(8, 2), SMALL], "GRPO": GRPO},
         learning_rates=(1e-4, RATE, 4e-4),
         tuning_seeds=(100, 101),
         seeds=(0, 1, 2, 3, 4),
@@ -88,7 +89,7 @@ def headline(task: str) -> Comparison:
 
 
 HEADLINE = {"chain_arithmetic": headline("chain_arithmetic"), "countdown": headline("countdown")}
-# At the learning rate that both methods have in both of the above.
+# At the learning rate that both methods have in both of the above, and with as many leaves.
 LENGTHS = {name: Comparison(name) for name in ("chains_of_2", "chains_of_4", "chains_of_8")} | {
     # At this temperature 3% of the responses are right.
     "rare_chains": Comparison(
@@ -115,7 +116,7 @@ ABLATIONS: dict[str, list[Method]] = {
     ],
     "pruning": [TREERPO, tree(2, 2, 2, 2, suffix="tau0", prune_threshold=0.0)],
     "weighting": [TREERPO, tree(2, 2, 2, 2, suffix="node", loss_weighting="node")],
-    "fewer leaves": [TREERPO, tree(2, 2), tree(4, 2), tree(2, 2, 2)],
+    "fewer leaves": [TREERPO, tree(2, 2), SMALL, tree(2, 2, 2)],
     "16 leaves": [TREERPO, tree(16), tree(8, 2), tree(4, 4), tree(4, 2, 2)],
     "64 leaves": [TREERPO, tree(64), tree(8, 8), tree(4, 4, 4), tree(2, 2, 2, 2, 2, 2)],
     # Of the tokens of the longest response: 1/4 (TREERPO), 1/5 (about a line), 4/5 (only the end branches again).
@@ -218,7 +219,7 @@ def run_gradients(study: Study) -> None:
     """Signal-to-noise ratios, kept as JSON: of every comparison, and of long chains from rare to frequent success."""
     jobs = [
         (study.output_dir / name / "snr.json", comparison.task, comparison.temperature,
-         comparison.families["TreeRPO"][:1], comparison.budget.per_step)
+         comparison.families["TreeRPO"][-1:], comparison.budget.per_step)
         for name, comparison in COMPARISONS.items()
     ]  # fmt: skip
     jobs += [

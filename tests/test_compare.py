@@ -222,7 +222,7 @@ def test_the_script_compares_and_resumes_after_a_kill(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [Budget("leaves", 256, 64), Budget("seconds", 2, 600)])
-@pytest.mark.parametrize("method", [Method("tree", (2, 2)), Method("flat", (), 4)])
+@pytest.mark.parametrize("method", [Method("tree", (2, 2)), Method("wide", (4,)), Method("flat", (), 4)])
 def test_the_other_budgets(tmp_path, budget, method):
     workload = built_in("chain_arithmetic", tmp_path, num_validation=16, num_test=16)
     run = Run(workload, method, budget, 2e-4, 0, "test", num_evaluations=2)
