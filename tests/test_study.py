@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import study
+import study_plan
 
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def finished(tmp_path, monkeypatch):
 
     def execute(runs):
         for task, run in runs:
-            is_better = run.learning_rate == 2e-4 and run.method in (study.SMALL, study.GRPO[0])
+            is_better = run.learning_rate == 2e-4 and run.method in (study_plan.SMALL, study.GRPO[0])
             score = 0.6 + 0.1 * bool(run.method.branching) + 0.1 * is_better + 0.01 * (run.seed % 2)
             write_run(tmp_path / task / f"{run.name}.jsonl", score)
 
@@ -105,3 +106,19 @@ def test_tuning_and_result_share_no_seed():
         assert not set(comparison.tuning_seeds) & set(comparison.seeds)
         assert len(comparison.seeds) >= 5
     assert len(study.ABLATION_SEEDS) >= 3
+
+
+def test_the_readme_states_the_committed_results():
+    readme, summary = (ROOT / "README.md").read_text(), json.loads((RESULTS / "summary.json").read_text())
+    table = (RESULTS / "headline.md").read_text()
+    assert table == study.headline_table(summary)
+    assert table in readme
+    for name in study.HEADLINE:
+        assert summary[name]["seeds"] >= 5
+        assert summary[name]["token_mismatch"] < 0.02
+    assert set(study.COMPARISONS) == set(summary)
+    # Every ablation that the study names has its row.
+    rows = (RESULTS / "ablations.md").read_text()
+    for group, methods in study.ABLATIONS.items():
+        for method in methods:
+            assert f"| {group} | {method.name} | {len(study.ABLATION_SEEDS)} |" in rows
