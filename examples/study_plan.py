@@ -60,7 +60,6 @@ LENGTHS = {name: Comparison(name) for name in ("chains_of_2", "chains_of_4", "ch
     "rare_chains": Comparison(
         "chains_of_8",
         families={"TreeRPO": [tree(4, 4, 4)], "GRPO": GRPO[:1]},
-        seeds=(0, 1, 2, 3, 4),
         budget=Budget("tokens", total=640_000, per_step=8000),
         temperature=1.2,
     )
