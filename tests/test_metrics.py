@@ -36,6 +36,14 @@ def test_golden_numbers():
     }
 
 
+def test_advantages_by_depth():
+    tree = Tree.from_prompt([9]).grow({ROOT: [Segment((1,), True), Segment((3,), False)]})
+    tree = tree.grow({2: [Segment((6,), True), Segment((7,), True)]})
+    means = tree_metrics([assign(tree, {1: 1.0, 3: 1.0, 4: 0.0})], 4, 2)
+    sizes = [means[f"tree/advantage_abs{depth}"] for depth in ("/depth_1", "/depth_2", "")]
+    assert [mean.total / mean.count for mean in sizes] == pytest.approx([0.25 / (0.75 * 0.25), 2, (4 / 3 + 2) / 2])
+
+
 @given(forests())
 def test_token_sharing_counts_the_rows(forest):
     shape, trees = forest
