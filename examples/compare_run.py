@@ -19,7 +19,6 @@ from compare_plan import Run, is_complete, read_records
 from compare_workload import Workload
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
@@ -198,6 +197,25 @@ def make_trainer(run: Run, lengths: Sequence[int], output_dir: Path, max_steps: 
     return trainer
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; newer ones that were cut short are removed.
+
+    The trainer writes `trainer_state.json` last.
+    """
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return checkpoint
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return None
+
+
 def execute(run: Run, folder: Path) -> Path:
     """Train to the budget; returns the file of the run.
 
@@ -216,19 +234,19 @@ def execute(run: Run, folder: Path) -> Path:
     recorder = Recorder(run, path, rows, rows // run.method.shape(run.workload.max_completion_length).num_leaves)
     recorder.trainer = trainer
     trainer.add_callback(recorder)
-    checkpoint = get_last_checkpoint(scratch) if scratch.exists() else None
+    checkpoint = last_checkpoint(scratch)
     if checkpoint is None:
         versions = {name: version(name) for name in ("torch", "transformers", "trl", "treerpo-trl")}
         header = {"run": asdict(run), "rows_per_step": rows, "threads": torch.get_num_threads(), "versions": versions}
         path.write_text(json.dumps(header, default=str) + "\n")
         recorder.measure(step=0)
     else:
-        step = int(checkpoint.rpartition("-")[2])
+        step = step_of(checkpoint)
         header, *records = read_records(path)
         records = [record for record in records if record["step"] <= step]
         path.write_text("".join(json.dumps(record) + "\n" for record in (header, *records)))
         recorder.resume(records)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     release_memory(model, trainer)  # the process goes on with other runs
     if not is_complete(path):
         raise RuntimeError(

@@ -233,6 +233,16 @@ def test_the_other_budgets(tmp_path, budget, method):
         assert 1 <= final["seconds"] <= 4
 
 
+def test_a_checkpoint_that_was_cut_short_is_not_taken(tmp_path):
+    assert compare_run.last_checkpoint(tmp_path / "none") is None
+    for step, state in ((9, "{}"), (10, '{"global_step"'), (11, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert compare_run.last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-9"]
+
+
 def test_a_budget_that_is_not_spent_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_run, "MOST_STEPS", 1)
     workload = built_in("chain_arithmetic", tmp_path, num_validation=4, num_test=4)
