@@ -16,8 +16,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_train_script import DATA, make_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from test_train_script import DATA, make_tokenizer, save_tiny_llama
+from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
 
@@ -78,22 +78,8 @@ RUN = {
 def models(tmp_path_factory) -> Path:
     """A tiny random model in `model`, and adapters on it in `adapters`."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = make_tokenizer()
+    save_tiny_llama(folder / "model")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), lora)
     adapted.save_pretrained(folder / "adapters")

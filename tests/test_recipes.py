@@ -20,8 +20,8 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import free_port
 from datasets import load_dataset
-from test_train_script import MY_REWARDS, make_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from test_train_script import MY_REWARDS, save_tiny_llama
+from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import GRPOConfig, TrlParser
 from trl.scripts import grpo
 
@@ -377,16 +377,8 @@ SMALL += ["--reward_funcs", "accuracy_reward", "my_rewards.parity_reward"]
 
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory) -> str:
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
     path = tmp_path_factory.mktemp("tiny-llama")
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    save_tiny_llama(path)
     return str(path)
 
 

@@ -74,8 +74,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory) -> str:
+def save_tiny_llama(path: Path) -> None:
     """A tiny random Llama: its config names no tokenizer class, so AutoTokenizer loads the one that was saved."""
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -90,9 +89,14 @@ def model_path(tmp_path_factory) -> str:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    path = tmp_path_factory.mktemp("tiny-llama")
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("tiny-llama")
+    save_tiny_llama(path)
     return str(path)
 
 
