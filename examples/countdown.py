@@ -14,7 +14,6 @@ Every problem has many correct routes of different lengths, so responses can bec
 character is one token, a line is a reasoning step of 6 to 9 tokens, and a solution has at most `MAX_SOLUTION_TOKENS`.
 """
 
-import hashlib
 import random
 import re
 from collections import deque
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from chain_arithmetic import is_held_out
 from datasets import Dataset
 
 
@@ -30,7 +30,6 @@ MIN_DISTANCE, MAX_DISTANCE = 2, 5  # steps of a shortest route
 MAX_STEPS = 8
 CHARACTERS = "0123456789+-=:,\n"
 MAX_SOLUTION_TOKENS = MAX_STEPS * len("99-25=74\n")  # in the place of the last newline there is EOS
-HELD_OUT_ONE_IN = 8
 LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
 
 
@@ -108,16 +107,8 @@ def is_route(problem: Problem, text: str) -> bool:
     return value == 0
 
 
-def is_held_out(prompt: str) -> bool:
-    """Whether a problem belongs to the held-out split.
-
-    The problem's own text decides, so the two splits cannot meet, whatever their seeds and sizes.
-    """
-    return hashlib.sha256(prompt.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
-
-
 def sample_problems(rng: random.Random, held_out: bool) -> Iterator[Problem]:
-    """Endless problems of one split; in the held-out one no problem comes twice."""
+    """Endless problems of one split (see `is_held_out`); in the held-out one no problem comes twice."""
     seen: set[Problem] = set()
     while True:
         small = rng.sample(range(1, 10), 2)
