@@ -25,6 +25,7 @@ MIN_OPERATIONS, MAX_OPERATIONS = 2, 4
 CHARACTERS = "0123456789+-*=#?\n"
 BASE_MODEL_DIR = Path(__file__).parent / "base_model"
 HELD_OUT_ONE_IN = 8
+MOST_MISSES = 100_000  # draws in a row without a new problem, after which there is none left
 
 
 def max_solution_tokens(max_operations: int) -> int:
@@ -82,9 +83,15 @@ def is_held_out(prompt: str) -> bool:
 def sample_problems(
     rng: random.Random, held_out: bool, num_operations: tuple[int, int] = (MIN_OPERATIONS, MAX_OPERATIONS)
 ) -> Iterator[tuple[int, list[Operation]]]:
-    """Endless distinct problems of one split, with a number of operations in that range."""
+    """Distinct problems of one split, with a number of operations in that range.
+
+    Raises:
+        ValueError: All of them have come.
+    """
     seen: set[str] = set()
-    while True:
+    misses = 0
+    while misses < MOST_MISSES:
+        misses += 1
         start = rng.randrange(MODULUS)
         operations: list[Operation] = []
         for _ in range(rng.randint(*num_operations)):
@@ -93,7 +100,12 @@ def sample_problems(
         prompt = format_prompt(start, operations)
         if prompt not in seen and is_held_out(prompt) == held_out:
             seen.add(prompt)
+            misses = 0
             yield start, operations
+    raise ValueError(
+        f"chains of {num_operations[0]} to {num_operations[1]} operations have no more than {len(seen)} problems in "
+        "this split; ask for fewer"
+    )
 
 
 def make_dataset(

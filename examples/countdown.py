@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from chain_arithmetic import is_held_out
+from chain_arithmetic import MOST_MISSES, is_held_out
 from datasets import Dataset
 
 
@@ -108,9 +108,15 @@ def is_route(problem: Problem, text: str) -> bool:
 
 
 def sample_problems(rng: random.Random, held_out: bool) -> Iterator[Problem]:
-    """Endless problems of one split (see `is_held_out`); in the held-out one no problem comes twice."""
+    """Problems of one split (see `is_held_out`): endless ones to train on; of those held out none comes twice.
+
+    Raises:
+        ValueError: All that are held out have come.
+    """
     seen: set[Problem] = set()
-    while True:
+    misses = 0
+    while misses < MOST_MISSES:
+        misses += 1
         small = rng.sample(range(1, 10), 2)
         problem = Problem(rng.randint(1, LARGEST_VALUE), tuple(sorted([*small, rng.randint(10, 25)])))
         distance = distances(problem.numbers).get(problem.start, 0)
@@ -120,7 +126,9 @@ def sample_problems(rng: random.Random, held_out: bool) -> Iterator[Problem]:
             if problem in seen:
                 continue
             seen.add(problem)
+        misses = 0
         yield problem
+    raise ValueError(f"countdown has no more than {len(seen)} held-out problems; ask for fewer")
 
 
 def make_dataset(num_problems: int, seed: int, held_out: bool = False) -> Dataset:

@@ -94,6 +94,11 @@ def test_longest_solution_fits(num_operations):
             assert len(tokenizer(row["completion"])["input_ids"]) + 1 <= longest
 
 
+def test_more_problems_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="chains of 1 to 1 operations have no more than 3"):
+        task.make_dataset(1000, seed=0, held_out=True, num_operations=(1, 1))
+
+
 def test_number_of_operations_is_as_asked():
     for row in task.make_dataset(50, seed=0, num_operations=(8, 8)):
         assert sum(row["prompt"].count(symbol) for symbol in "+-*") == 8

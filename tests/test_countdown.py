@@ -92,6 +92,11 @@ def test_splits_are_disjoint_whatever_the_seed():
     assert not train & held_out
 
 
+def test_more_problems_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match=r"no more than \d{4} held-out problems; ask for fewer"):
+        task.make_dataset(10_000, seed=0, held_out=True)
+
+
 def test_longest_solution_fits_and_every_character_is_known():
     tokenizer = make_tokenizer(task.CHARACTERS)
     rows = task.make_demonstrations([0.2] * 1000, seed=2)
