@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import tempfile
 from collections.abc import Sequence
 
 import pytest
@@ -21,6 +22,11 @@ from treerpo_trl.tree import Segment, Tree
 # Random cases on a developer's machine, the same ones in CI.
 settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("here")
+
+# A process that is killed while it compiles leaves a lock, for which every later one waits for ever. So what DeepSpeed
+# compiles is not shared with other runs.
+_extensions = tempfile.TemporaryDirectory(prefix="torch-extensions-")
+os.environ["TORCH_EXTENSIONS_DIR"] = _extensions.name
 
 CHARACTERS = "0123456789+-=\n abcdefgh"
 PAD, EOS = 0, 1
