@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,3 +108,20 @@ def node_weights(tree: Tree, segment_length: int) -> list[float]:
 
 
 LOSS_WEIGHTINGS: dict[str, Callable[[Tree, int], list[float]]] = {"token": token_weights, "node": node_weights}
+
+
+def shuffle_micro_batches(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put shuffled rows back in order, and shuffle the micro-batches instead, so that a tree's rows stay together.
+
+    Args:
+        micro_batches: A generation batch, split; "row" holds each row's place before it was shuffled.
+    """
+    order = torch.cat([batch["row"] for batch in micro_batches]).argsort()
+    size = len(order) // len(micro_batches)
+    restored: list[dict[str, Any]] = [{} for _ in micro_batches]
+    for key, value in micro_batches[0].items():
+        is_per_row = isinstance(value, Tensor) and value.dim() > 0
+        rows = torch.cat([batch[key] for batch in micro_batches])[order] if is_per_row else None
+        for index, batch in enumerate(restored):
+            batch[key] = value if rows is None else rows[index * size : (index + 1) * size]
+    return [restored[index] for index in torch.randperm(len(restored)).tolist()]

@@ -26,7 +26,7 @@ from .backends import TransformersBackend, VLLMBackend, find_context_length
 from .credit import ScoredTree, assign
 from .metrics import tree_metrics
 from .prefix_sharing import PrefixSharing
-from .rows import LOSS_WEIGHTINGS, lay_out, project, slots
+from .rows import LOSS_WEIGHTINGS, lay_out, project, shuffle_micro_batches, slots
 from .sampling import TreeShape, grow
 from .scoring import DistinctRows, score_once
 from .tree import Tree
@@ -318,7 +318,7 @@ class TreeRPOTrainer(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not None and self._buffered_inputs is not buffered:
-            self._buffered_inputs = _shuffle_micro_batches(self._buffered_inputs)
+            self._buffered_inputs = shuffle_micro_batches(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
@@ -359,16 +359,3 @@ class TreeRPOTrainer(GRPOTrainer):
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """As upstream, on whether a token counts rather than how much (`loss_weighting='node'` weighs tokens)."""
         return super().get_high_entropy_mask(entropies, (mask > 0).to(entropies.dtype), threshold)
-
-
-def _shuffle_micro_batches(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put shuffled rows back in order ("row" tells it), and shuffle the micro-batches instead."""
-    order = torch.cat([batch["row"] for batch in micro_batches]).argsort()
-    size = len(order) // len(micro_batches)
-    restored: list[dict[str, Any]] = [{} for _ in micro_batches]
-    for key, value in micro_batches[0].items():
-        is_per_row = isinstance(value, Tensor) and value.dim() > 0
-        rows = torch.cat([batch[key] for batch in micro_batches])[order] if is_per_row else None
-        for index, batch in enumerate(restored):
-            batch[key] = value if rows is None else rows[index * size : (index + 1) * size]
-    return [restored[index] for index in torch.randperm(len(restored)).tolist()]
