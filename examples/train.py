@@ -43,6 +43,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
+from math_rewards import math_accuracy_reward
 from train_data import drop_long_prompts, load_split, set_columns
 from transformers import AutoProcessor
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
@@ -58,6 +59,7 @@ from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 
 REWARD_FUNCS: dict[str, Callable] = {
     "accuracy_reward": accuracy_reward,
+    "math_accuracy_reward": math_accuracy_reward,
     "reasoning_accuracy_reward": reasoning_accuracy_reward,
     "think_format_reward": think_format_reward,
     "get_soft_overlong_punishment": get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256),
@@ -76,6 +78,7 @@ class TreeRPOScriptArguments(ScriptArguments):
         reward_funcs (`list[str]`, *optional*):
             Reward functions to use. Supported values are:
                 - `"accuracy_reward"`
+                - `"math_accuracy_reward"` (the same, for bare gold answers and LaTeX such as `\\frac43`)
                 - `"reasoning_accuracy_reward"`
                 - `"think_format_reward"`
                 - `"get_soft_overlong_punishment"` (used values are `max_completion_len=1280`, `soft_punish_cache=256`)
@@ -99,9 +102,10 @@ class TreeRPOScriptArguments(ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Reward functions to use. Supported values are: `accuracy_reward`, `reasoning_accuracy_reward`, "
-            "`think_format_reward`, `get_soft_overlong_punishment` (used values are `max_completion_len=1280`, "
-            "`soft_punish_cache=256`), or any dotted import path (e.g., `'my_lib.rewards.custom_reward'`)."
+            "help": "Reward functions to use. Supported values are: `accuracy_reward`, `math_accuracy_reward`, "
+            "`reasoning_accuracy_reward`, `think_format_reward`, `get_soft_overlong_punishment` (used values are "
+            "`max_completion_len=1280`, `soft_punish_cache=256`), or any dotted import path (e.g., "
+            "`'my_lib.rewards.custom_reward'`)."
         },
     )
     dataset_prompt_column: str | None = field(

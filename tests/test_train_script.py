@@ -287,7 +287,7 @@ def test_remote_code_is_off_by_default():
 @pytest.mark.parametrize(
     ("name", "messages"),
     [
-        ("acuracy_reward", ["no reward function 'acuracy_reward'", "accuracy_reward, reasoning_accuracy_reward"]),
+        ("acuracy_reward", ["no reward function 'acuracy_reward'", "accuracy_reward, math_accuracy_reward"]),
         ("no_such_module.reward", ["'no_such_module' cannot be imported", "accuracy_reward"]),
         ("my_rewards.parity", ["has no function 'parity'", "it has parity_reward"]),
         ("my_rewards.", ["has no function ''"]),
