@@ -39,6 +39,7 @@ CONFIGS = ["multi_cpu", "fsdp2_cpu", "deepspeed_zero1_cpu", "deepspeed_zero2_cpu
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="files in accelerate_configs/")
     parser.add_argument("--alone", default="single_cpu", help="the configuration to compare with")
@@ -62,9 +63,11 @@ class StepTimer(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Start the clock."""
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Stop it when the kernels have run."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.start)

@@ -42,6 +42,7 @@ PAD_TOKEN_ID, EOS_TOKEN_ID = 0, 1
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=["2x2x2x2", "4x4x4", "8x8"], help="branching factors, by depth")
     parser.add_argument("--segment_length", type=int, default=64, help="tokens of a segment")
@@ -64,6 +65,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(args: argparse.Namespace) -> Qwen2ForCausalLM:
+    """A random Qwen2 of the asked size."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY_SIZE,
@@ -81,6 +83,7 @@ def make_model(args: argparse.Namespace) -> Qwen2ForCausalLM:
 
 
 def parity_reward(completion_ids, **kwargs):
+    """1 if the sum of the token ids is odd, else 0: it costs nothing and half of all completions get it."""
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
@@ -121,6 +124,7 @@ def make_batch(trainer, args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def now() -> float:
+    """Seconds, read when the kernels before have run."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -187,6 +191,7 @@ def time_step(trainer, args: argparse.Namespace) -> dict[str, float]:
 
 
 def loss_and_gradient(trainer, batch: dict[str, Any], share: bool) -> None:
+    """Forward and backward pass of a micro-batch, with shared prefixes or on dense rows."""
     trainer._prefix_sharing.is_active = share
     trainer.compute_loss(trainer.model, batch).backward()
     trainer.model.zero_grad()
@@ -251,6 +256,7 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, list[float]]:
 
 
 def main() -> None:
+    """Time each shape and print a table."""
     args = parse_arguments()
     rows = {
         "GRPO sampling": "GRPO: sampling, s",

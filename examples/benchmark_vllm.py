@@ -30,6 +30,7 @@ from treerpo_trl.sampling import TreeShape, grow
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a model of the Hub or a local folder; a random Qwen2 by default")
     parser.add_argument("--shape", default="4x4x4", help="branching factors, by depth")

@@ -44,9 +44,11 @@ class Recorder(TrainerCallback):
         self.trainer: Any = None
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Start the clocks."""
         self._clock = time.perf_counter(), time.process_time()
 
     def on_log(self, args, state, control, logs, **kwargs):
+        """Add up what the step took, and note its metrics."""
         if "reward" not in logs:  # the summary at the end of training
             return
         wall, cpu = self._clock

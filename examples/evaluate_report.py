@@ -24,6 +24,7 @@ from treerpo_trl.statistics import (
 
 
 def by_problem(records: Sequence[dict[str, Any]], num_samples: int) -> list[list[dict[str, Any]]]:
+    """The records, which come in order, problem by problem."""
     return [list(records[start : start + num_samples]) for start in range(0, len(records), num_samples)]
 
 
@@ -155,15 +156,18 @@ def show(title: str, rows: dict[str, dict[str, str]]) -> None:
 
 
 def show_number(value: float, style: str = ".3f") -> str:
+    """A number as the tables show it."""
     return "-" if math.isnan(value) else format(value, style)
 
 
 def show_interval(numbers: dict[str, Any], key: str) -> str:
+    """A number with its interval."""
     low, high = map(show_number, numbers[f"{key}_interval"])
     return f"{show_number(numbers[key])} [{low}, {high}]"
 
 
 def cells_of_run(numbers: dict[str, Any], ks: Sequence[int]) -> dict[str, str]:
+    """A run's row of the table: column -> cell."""
     draws = {f"pass@{k}": show_number(numbers[f"pass_at_{k}"]) for k in ks}
     draws |= {f"maj@{k}": show_number(numbers[f"majority_at_{k}"]) for k in ks}
     return {
@@ -177,6 +181,7 @@ def cells_of_run(numbers: dict[str, Any], ks: Sequence[int]) -> dict[str, str]:
 
 
 def cells_of_comparison(numbers: dict[str, Any]) -> dict[str, str]:
+    """A comparison's row of the table: column -> cell."""
     return {
         "Pass@1": " / ".join(f"{value:.3f}" for value in numbers["pass_at_1"]),
         "Difference [95%]": show_interval(numbers, "difference"),

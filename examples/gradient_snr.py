@@ -39,10 +39,12 @@ class GradientRecorder(TrainerCallback):
         self.rewards: list[float] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Keep the gradient of the whole batch."""
         grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
         self.gradients.append(torch.cat(grads).float().cpu())
 
     def on_log(self, args, state, control, logs, **kwargs):
+        """Keep the batch's mean reward."""
         if "reward" in logs:
             self.rewards.append(logs["reward"])
 

@@ -24,8 +24,12 @@ LoRA:
         --branching_factor 4 --max_depth 2 --segment_length 256 \
         --per_device_train_batch_size 16 --gradient_accumulation_steps 8 \
         --learning_rate 1e-5 \
-        --use_peft --lora_r 32 --lora_alpha 16 \
+        --use_peft --lora_r 16 --lora_alpha 32 --lora_dropout 0 --lora_target_modules all-linear \
         --output_dir Qwen2.5-0.5B-TreeRPO-LoRA
+
+QLoRA, with the base model in 4 bits (the extra `quantization`): the same, with
+
+        --load_in_4bit --use_bnb_nested_quant --dtype bfloat16
 
 The paper's setting (any option of a recipe can be overridden on the command line):
 
@@ -55,6 +59,7 @@ from trl.rewards import (
 )
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
+from treerpo_trl.adapters import check_quantization
 
 
 REWARD_FUNCS: dict[str, Callable] = {
@@ -208,6 +213,8 @@ def main(script_args: TreeRPOScriptArguments, training_args: TreeRPOConfig, mode
     reward_funcs = load_reward_funcs(script_args)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set; give a model of the Hub or a local folder")
+    quantization_config, peft_config = get_quantization_config(model_args), get_peft_config(model_args)
+    check_quantization(model_args.model_name_or_path, quantization_config, peft_config)
 
     # The other processes find the results of the first in the cache.
     with training_args.main_process_first(desc="loading the data"):
@@ -230,8 +237,8 @@ def main(script_args: TreeRPOScriptArguments, training_args: TreeRPOConfig, mode
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset[0] if eval_dataset else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        quantization_config=quantization_config,
+        peft_config=peft_config,
     )
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from treerpo_trl import Tree, TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.sampling import grow
+from treerpo_trl.tree import ROOT
 
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -92,6 +93,8 @@ class RecordingTrainer(TreeRPOTrainer):
                 {
                     "prompt_length": max(len(scored.tree.prompt_ids) for scored in self.last_trees),
                     "depths": sorted({tree.depths[leaf] for tree, leaf in leaves}),
+                    "nodes": [len(scored.tree.nodes) - 1 for scored in self.last_trees],
+                    "values": [s.values[node] for s in self.last_trees for node in s.tree.children[ROOT]],
                     "kept": sum(sum(scored.kept) for scored in self.last_trees),
                     "scored": sum(reward is not None for s in self.last_trees for reward in s.rewards.values()),
                     "owned": (output["tool_mask"] * output["completion_mask"]).sum().item(),
@@ -149,7 +152,8 @@ def train_uneven(model_path: str, output_dir: str, lora: bool = False, **overrid
     """Steps in which the processes have trees of other depths, nothing to learn, or no reward, and evaluations."""
     args = make_args(
         output_dir, max_frontier_rows=4, save_strategy="steps", save_steps=STEPS, num_generations_eval=2,
-        per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=2, shuffle_dataset=False, **overrides,
+        per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=2, shuffle_dataset=False,
+        log_trees=True, num_trees_to_print=0, **overrides,
     )  # fmt: skip
     bias = Bias()
     dataset = make_dataset()

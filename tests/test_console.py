@@ -1,13 +1,20 @@
-"""The terminal view shows steps, values, advantages and what was pruned."""
+"""The terminal view shows steps, values, advantages, lengths, answers and what was pruned."""
 
 import io
 
 from conftest import make_tokenizer
 from rich.console import Console
+from view_trees import Texts, make_tree
 
 from treerpo_trl.credit import assign
 from treerpo_trl.tree import ROOT, Segment, Tree
 from treerpo_trl.views import print_tree
+
+
+def printed(scored, tokenizer, **options) -> str:
+    stream = io.StringIO()
+    print_tree(scored, tokenizer, Console(file=stream, width=100, **options))
+    return stream.getvalue()
 
 
 def test_a_tree_is_printed_step_by_step():
@@ -19,24 +26,32 @@ def test_a_tree_is_printed_step_by_step():
     tree = Tree.from_prompt(tokenizer("3+4=")["input_ids"])
     tree = tree.grow({ROOT: [segment("7\n"), segment("8", ended=True)]})
     tree = tree.grow({1: [segment("a", ended=True), segment("b", ended=True)]})
-    stream = io.StringIO()
-    print_tree(assign(tree, {2: 0.0, 3: 1.0, 4: None}), tokenizer, Console(file=stream, width=100))
-    assert stream.getvalue().splitlines() == [
-        "3+4=  V=0.50",
-        "├── V=1.00  7\\n  A=+2.00",
-        "│   ├── V=1.00  a<eos>  pruned  reward 1",
-        "│   └── V=none  b<eos>  pruned  reward none",
-        "└── V=0.00  8<eos>  A=-2.00  reward 0",
+    assert printed(assign(tree, {2: 0.0, 3: 1.0, 4: None}), tokenizer).splitlines() == [
+        "3+4=  V=0.50  4 tok",
+        "├── V=1.00  7\\n  A=+2.00  2 tok",
+        "│   ├── V=1.00  a<eos>  pruned  2 tok  reward 1  answer a",
+        "│   └── V=none  b<eos>  pruned  2 tok  reward none  answer b",
+        "└── V=0.00  8<eos>  A=-2.00  2 tok  reward 0  answer 8",
     ]
+
+
+def test_an_answer_in_a_box_may_span_steps():
+    texts = Texts()
+    scored = make_tree(texts, "?", {ROOT: ["so \\boxed{1", "x<eos>"], 1: ["2} it is<eos>", "3<eos>"]}, [1.0, 0.0, 0.0])
+    assert "2} it is<eos>  A=+2.00  2 tok  reward 1  answer 12" in printed(scored, texts)
 
 
 def test_what_a_model_wrote_is_not_taken_for_markup_or_control():
     class Decoder:
         def decode(self, token_ids, skip_special_tokens=True):
-            return "[red]x[/red]\x1b[31m"
+            return "[red]x[/red]\x1b[31m :bomb: \x9b31m\u202e"
 
     tree = Tree.from_prompt([5]).grow({ROOT: [Segment((6,), True), Segment((7,), True)]})
-    stream = io.StringIO()
-    print_tree(assign(tree, {1: 0.0, 2: 1.0}), Decoder(), Console(file=stream, width=100))
-    assert "[red]x[/red]\\x1b[31m" in stream.getvalue()
-    assert "\x1b" not in stream.getvalue()
+    shown = printed(assign(tree, {1: 0.0, 2: 1.0}), Decoder(), no_color=True, highlight=False)
+    # Of the prompt and, of each step, its text and its answer.
+    assert shown.count("[red]x[/red]\\x1b[31m :bomb: \\x9b31m\\u202e") == 5
+    assert not set("\x1b\x9b\u202e") & set(shown)
+    # In colour, the only escapes are those of rich: none follows a text.
+    coloured = printed(assign(tree, {1: 0.0, 2: 1.0}), Decoder(), force_terminal=True, color_system="truecolor")
+    assert coloured.count("\\x1b[31m") == 5
+    assert "\x1b[31m" not in coloured

@@ -6,6 +6,7 @@ Each engine is launched once, as a user launches it, and runs scenarios of `dist
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from treerpo_trl import TreeRPOTrainer
 from treerpo_trl.compatibility import LOSS_TYPES
+from treerpo_trl.views import read_trees
 
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +136,26 @@ def test_the_scenario_is_what_it_says(runs):
         assert len(evaluations) == 3
         for log in evaluations:
             assert (log["eval_completions/min_length"], log["eval_completions/max_length"]) == (1, 12)
+
+
+def test_tree_metrics_are_those_of_the_trees_of_both_processes(runs):
+    for run in uneven_runs(runs[1]):
+        first, second = run.seen
+        for step in range(distributed_run.STEPS):
+            logs, other = ({k: v for k, v in seen["logs"][step].items() if "tree/" in k} for seen in (first, second))
+            assert logs == other  # also the seconds, which are a mean over the processes
+            nodes = first["record"][step]["nodes"] + second["record"][step]["nodes"]
+            assert logs["tree/nodes"] == sum(nodes) / len(nodes)
+            values = [value for seen in (first, second) for value in seen["record"][step]["values"]]
+            valued = [value for value in values if value is not None]
+            assert logs.get("tree/value_std/depth_1") == (pytest.approx(statistics.stdev(valued)) if valued else None)
+
+
+def test_the_trees_of_all_processes_are_written_down(runs):
+    for run in uneven_runs(runs[1]):
+        records = read_trees(run.folder / "trees" / "step_000001.parquet")
+        trees = {record["tree"]: record["process"] for record in records}
+        assert trees == {0: 0, 1: 0, 2: 1, 3: 1}
 
 
 def test_the_gradient_is_that_of_one_process(runs, model_path, tmp_path):

@@ -19,12 +19,26 @@ MAY_IMPORT = {
     "scoring": {"torch", "trl"},
     "prefix_sharing": {"torch", "transformers"},
     "metrics": {"treerpo_trl.tree", "treerpo_trl.credit"},
-    "views": {"treerpo_trl.tree", "treerpo_trl.credit", "rich"},
+    "timing": {"torch"},
+    "views": {"treerpo_trl.tree", "treerpo_trl.credit", "pyarrow", "rich"},
+    "callbacks": {"treerpo_trl.views", "accelerate", "transformers"},
     "statistics": {"numpy"},
     "evaluation": {"torch", "tqdm", "transformers", "trl"},
     "compatibility": {"treerpo_trl.credit"},
     "treerpo_config": {"treerpo_trl.compatibility", "trl"},
     "validation": {"treerpo_trl.treerpo_config", "datasets", "transformers"},
+    "adapters": {"peft", "torch", "transformers"},
+    "model_card": {"huggingface_hub"},
+    "checkpoints": {"accelerate", "torch"},
+    "resuming": {
+        "treerpo_trl.checkpoints",
+        "treerpo_trl.credit",
+        "treerpo_trl.tree",
+        "accelerate",
+        "datasets",
+        "torch",
+        "trl",
+    },
 }
 TRAINER = {f"treerpo_trl.{name}" for name in MAY_IMPORT} | {"accelerate", "datasets", "torch", "transformers", "trl"}
 ALLOWED = {**MAY_IMPORT, "treerpo_trainer": TRAINER, "__init__": {"treerpo_trl"}}

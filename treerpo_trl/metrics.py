@@ -1,16 +1,20 @@
-"""The `tree/*` numbers of a batch of trees, as totals and counts that processes can add up."""
+"""The `tree/*` numbers of a batch of trees and of a step, in a form that processes can pool."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from statistics import fmean
+from typing import Any
 
 from .credit import ScoredTree
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean that can be pooled over processes: `total / count`; undefined if the count is 0."""
+    """A mean that can be pooled: `total / count`; undefined if the count is 0."""
 
     total: float
     count: float
@@ -21,73 +25,166 @@ class Mean:
         values = list(values)
         return cls(float(sum(values)), float(len(values)))
 
+    def __add__(self, other: Mean) -> Mean:
+        """The mean of both together."""
+        return Mean(self.total + other.total, self.count + other.count)
 
-def tree_metrics(trees: Sequence[ScoredTree], num_leaves: int, max_depth: int) -> dict[str, Mean]:
+    @property
+    def value(self) -> float | None:
+        """The mean, or `None` if it is undefined."""
+        return self.total / self.count if self.count else None
+
+
+@dataclass(frozen=True, slots=True)
+class Std:
+    """A standard deviation with Bessel's correction, as TRL's, that can be pooled; undefined for fewer than two.
+
+    Args:
+        mean: The mean of the values.
+        squares: The sum of their squared distances from it.
+        count: How many they are.
+    """
+
+    mean: float
+    squares: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Std:
+        """The standard deviation of `values`."""
+        values = list(values)
+        mean = fmean(values) if values else 0.0
+        return cls(mean, sum((value - mean) ** 2 for value in values), len(values))
+
+    def __add__(self, other: Std) -> Std:
+        """The standard deviation of both together (Chan, Golub and LeVeque, 1979, eq. 2.1)."""
+        count = self.count + other.count
+        if not count:
+            return self
+        distance, share = other.mean - self.mean, other.count / count
+        squares = self.squares + other.squares + distance**2 * self.count * share
+        return Std(self.mean + distance * share, squares, count)
+
+    @property
+    def value(self) -> float | None:
+        """The standard deviation, or `None` if it is undefined."""
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else None
+
+
+Metrics = dict[str, Mean | Std]
+
+
+def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics of all processes together.
+
+    What is undefined is left out: TRL logs a NaN as `None`, and TensorBoard and MLflow warn of every `None`.
+
+    Args:
+        parts: [P] each process's `Metrics`, with the same names.
+    """
+    values = {name: reduce(lambda a, b: a + b, (part[name] for part in parts)).value for name in parts[0]}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def step_metrics(seconds: Mapping[str, float], row_tokens: float, computed_tokens: float) -> Metrics:
+    """What to log of an optimizer step.
+
+    - `tree/seconds/{phase}`: seconds a process spent in the phase.
+    - `tree/token_sharing_training`: tokens of the trained rows / tokens that their forward passes computed.
+
+    Args:
+        seconds: Phase -> seconds.
+        row_tokens: Tokens of the rows of the step's micro-batches, prompts included, padding not.
+        computed_tokens: Tokens that were computed of them.
+    """
+    phases = {f"tree/seconds/{phase}": Mean(spent, 1) for phase, spent in seconds.items()}
+    return {**phases, "tree/token_sharing_training": Mean(row_tokens, computed_tokens)}
+
+
+def tree_metrics(
+    trees: Sequence[ScoredTree],
+    branching: Sequence[int],
+    rewards: Sequence[float | None],
+    rewards_by_func: Mapping[str, Sequence[float]],
+) -> Metrics:
     """What to log of a batch of trees; the same names, in the same order, whatever the trees hold.
 
     - `tree/nodes`: nodes a tree, the prompt left out.
     - `tree/leaves`: leaves a tree (branches that ended early leave fewer than the complete tree has).
-    - `tree/depth`: depth of a leaf.
+    - `tree/unique_leaves`: distinct trajectories a tree: leaves may have drawn the same tokens.
+    - `tree/depth`: depth of a leaf; `tree/max_depth` of a tree's deepest leaf.
     - `tree/sampled_tokens`: sampled tokens a tree, each counted once.
     - `tree/token_sharing`: tokens of the tree's rows / its sampled tokens: what a flat sampler would have drawn for
       the same rows.
-    - `tree/kept_groups`: share of groups that were not pruned; `tree/kept_groups/depth_d` of those at depth d.
-    - `tree/value_range/depth_d`: max - min of the values of a group at depth d.
     - `tree/trained_tokens`: share of the sampled tokens that carry loss.
+    - `tree/reward`, `tree/reward_std`: mean and standard deviation of the rewards of the distinct trajectories;
+      `tree/rewards/{name}/mean` and `/std` of one reward function.
+    - `tree/kept_groups`: share of groups that were not pruned; `tree/kept_groups/depth_d` of those at depth d.
+    - `tree/value_mean/depth_d`, `tree/value_std/depth_d`: mean and standard deviation of the values at depth d.
+    - `tree/value_range/depth_d`: max - min of the values of a group at depth d.
     - `tree/advantage_abs`: mean absolute advantage of the kept nodes; `tree/advantage_abs/depth_d` of those at d.
 
     Args:
         trees: This process's trees.
-        num_leaves: Leaves of the complete tree.
-        max_depth: D.
+        branching: [D] branching factors.
+        rewards: [U] reward of each distinct trajectory (the weighted sum over the reward functions), `None` if
+            unscorable.
+        rewards_by_func: Name of a reward function -> [U] its rewards; NaN where it gave none.
     """
-    metrics = {
-        "tree/nodes": Mean.of(len(scored.tree.nodes) - 1 for scored in trees),
-        "tree/leaves": Mean.of(len(scored.tree.leaves) for scored in trees),
-        "tree/depth": Mean.of(scored.tree.depths[leaf] for scored in trees for leaf in scored.tree.leaves),
-        "tree/sampled_tokens": Mean.of(scored.tree.num_sampled_tokens for scored in trees),
-        "tree/token_sharing": Mean(
-            sum(_row_tokens(scored, num_leaves) for scored in trees),
-            sum(scored.tree.num_sampled_tokens for scored in trees),
-        ),
-        "tree/trained_tokens": Mean(
-            sum(
-                len(node.token_ids)
-                for scored in trees
-                for node, kept in zip(scored.tree.nodes, scored.kept, strict=True)
-                if kept
-            ),
-            sum(scored.tree.num_sampled_tokens for scored in trees),
-        ),
-        "tree/advantage_abs": Mean.of(size for _, size in _advantage_sizes(trees)),
-        "tree/kept_groups": Mean.of(any(scored.kept[child] for child in group) for scored, group in _groups(trees)),
+    metrics: Metrics = {
+        **_shape_metrics(trees, math.prod(branching), len(rewards)),
+        **_reward_metrics(rewards, rewards_by_func),
     }
-    for depth in range(1, max_depth + 1):
-        groups = [(scored, group) for scored, group in _groups(trees) if scored.tree.depths[group[0]] == depth]
-        metrics[f"tree/kept_groups/depth_{depth}"] = Mean.of(
-            any(scored.kept[child] for child in group) for scored, group in groups
-        )
-        metrics[f"tree/value_range/depth_{depth}"] = Mean.of(
-            max(values) - min(values) for scored, group in groups if (values := _values(scored, group))
-        )
-        metrics[f"tree/advantage_abs/depth_{depth}"] = Mean.of(
-            size for node_depth, size in _advantage_sizes(trees) if node_depth == depth
-        )
+    groups = [(scored, group) for scored in trees for group in scored.tree.children if group]
+    metrics |= _kept_metrics(groups, "")
+    for depth in range(1, len(branching) + 1):
+        at_depth = [(scored, group) for scored, group in groups if scored.tree.depths[group[0]] == depth]
+        valued = [values for scored, group in at_depth if (values := _values(scored, group))]
+        metrics |= _kept_metrics(at_depth, f"/depth_{depth}")
+        metrics[f"tree/value_mean/depth_{depth}"] = Mean.of(value for values in valued for value in values)
+        metrics[f"tree/value_std/depth_{depth}"] = Std.of(value for values in valued for value in values)
+        metrics[f"tree/value_range/depth_{depth}"] = Mean.of(max(values) - min(values) for values in valued)
     return metrics
 
 
-def _groups(trees: Sequence[ScoredTree]) -> list[tuple[ScoredTree, tuple[int, ...]]]:
-    return [(scored, group) for scored in trees for group in scored.tree.children if group]
-
-
-def _advantage_sizes(trees: Sequence[ScoredTree]) -> list[tuple[int, float]]:
-    """(depth, |advantage|) of every kept node."""
-    return [
-        (depth, abs(advantage))
+def _shape_metrics(trees: Sequence[ScoredTree], num_leaves: int, num_unique: int) -> Metrics:
+    leaf_depths = [[scored.tree.depths[leaf] for leaf in scored.tree.leaves] for scored in trees]
+    sampled = Mean.of(scored.tree.num_sampled_tokens for scored in trees)
+    trained = sum(
+        len(node.token_ids)
         for scored in trees
-        for depth, advantage, kept in zip(scored.tree.depths, scored.advantages, scored.kept, strict=True)
+        for node, kept in zip(scored.tree.nodes, scored.kept, strict=True)
         if kept
-    ]
+    )
+    return {
+        "tree/nodes": Mean.of(len(scored.tree.nodes) - 1 for scored in trees),
+        "tree/leaves": Mean.of(len(depths) for depths in leaf_depths),
+        "tree/unique_leaves": Mean(num_unique, len(trees)),
+        "tree/depth": Mean.of(depth for depths in leaf_depths for depth in depths),
+        "tree/max_depth": Mean.of(max(scored.tree.depths) for scored in trees),
+        "tree/sampled_tokens": sampled,
+        "tree/token_sharing": Mean(sum(_row_tokens(scored, num_leaves) for scored in trees), sampled.total),
+        "tree/trained_tokens": Mean(trained, sampled.total),
+    }
+
+
+def _reward_metrics(rewards: Sequence[float | None], rewards_by_func: Mapping[str, Sequence[float]]) -> Metrics:
+    scored = [reward for reward in rewards if reward is not None]
+    metrics: Metrics = {"tree/reward": Mean.of(scored), "tree/reward_std": Std.of(scored)}
+    for name, given in rewards_by_func.items():
+        scored = [reward for reward in given if not math.isnan(reward)]
+        metrics[f"tree/rewards/{name}/mean"] = Mean.of(scored)
+        metrics[f"tree/rewards/{name}/std"] = Std.of(scored)
+    return metrics
+
+
+def _kept_metrics(groups: Sequence[tuple[ScoredTree, tuple[int, ...]]], suffix: str) -> Metrics:
+    return {
+        f"tree/kept_groups{suffix}": Mean.of(any(scored.kept[child] for child in group) for scored, group in groups),
+        f"tree/advantage_abs{suffix}": Mean.of(
+            abs(scored.advantages[child]) for scored, group in groups for child in group if scored.kept[child]
+        ),
+    }
 
 
 def _values(scored: ScoredTree, group: Sequence[int]) -> list[float]:

@@ -53,6 +53,41 @@ class DistinctRows:
         return [values[position] for position in self.inverse]
 
 
+@dataclass(frozen=True)
+class RowRewards:
+    """What a process's B rows are worth, which hold U distinct trajectories.
+
+    Args:
+        total: [B] weighted sum over the reward functions, `None` if each of them returned `None`.
+        distinct: [U] the same of each distinct trajectory.
+        by_func: Name of a reward function -> [U] its rewards of the distinct trajectories, NaN where it returned
+            `None`.
+    """
+
+    total: list[float | None]
+    distinct: list[float | None]
+    by_func: dict[str, list[float]]
+
+    @classmethod
+    def of(
+        cls, rewards_per_func: Tensor, weights: Tensor, names: Sequence[str], distinct_rows: DistinctRows
+    ) -> RowRewards:
+        """Weigh the rewards as TRL does.
+
+        Args:
+            rewards_per_func: (B, F) rewards by reward function, NaN where it returned `None`.
+            weights: (F,) weights of the reward functions.
+            names: [F] their names.
+            distinct_rows: Which of the rows hold distinct trajectories.
+        """
+        sums = (rewards_per_func * weights.to(rewards_per_func.device)).nansum(dim=1).tolist()
+        is_unscorable = rewards_per_func.isnan().all(dim=1).tolist()
+        total = [None if skip else value for value, skip in zip(sums, is_unscorable, strict=True)]
+        columns = zip(names, rewards_per_func.T.tolist(), strict=True)
+        by_func = {name: distinct_rows.select(column) for name, column in columns}
+        return cls(total, distinct_rows.select(total), by_func)
+
+
 def score_once(reward_func: Callable[..., Any], rows: DistinctRows) -> Callable[..., Any]:
     """A reward function over all rows that calls `reward_func` with each distinct trajectory once.
 

@@ -64,6 +64,13 @@ class TreeRPOConfig(GRPOConfig):
         max_completion_length (`int`, *optional*):
             Most tokens of a completion. Defaults to `max_depth * segment_length`; it may be smaller by less than a
             segment, which makes the last segment the shorter one.
+        log_trees (`bool`, *optional*, defaults to `False`):
+            Whether to write the trees to `<output_dir>/trees`, as parquet files and as pages for a browser, and to
+            print some in the terminal.
+        log_trees_steps (`int`, *optional*):
+            Every how many optimizer steps. Defaults to `logging_steps`.
+        num_trees_to_print (`int`, *optional*, defaults to `1`):
+            Number of trees to print, those with most nodes that are trained.
         vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_mask"`):
             As in TRL, but by token: `"token_mask"` or `"token_truncate"`. A row holds only the tokens it owns of a
             tree, so the ratio of its whole sequence says nothing about them.
@@ -132,6 +139,19 @@ class TreeRPOConfig(GRPOConfig):
             "than a segment."
         },
     )
+    log_trees: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to write the trees to `<output_dir>/trees`, as parquet files and as pages for a browser, "
+            "and to print some in the terminal."
+        },
+    )
+    log_trees_steps: int | None = field(
+        default=None, metadata={"help": "Every how many optimizer steps. Defaults to `logging_steps`."}
+    )
+    num_trees_to_print: int = field(
+        default=1, metadata={"help": "Number of trees to print, those with most nodes that are trained."}
+    )
 
     vllm_importance_sampling_mode: str = field(
         default="token_mask",
@@ -145,6 +165,7 @@ class TreeRPOConfig(GRPOConfig):
         self._derive_tree()
         self.prefix_sharing = {"true": True, "false": False}.get(str(self.prefix_sharing).lower(), self.prefix_sharing)
         refuse_unsupported(self)
+        self._check_tree_log()
         if self.generation_batch_size is None:
             self._check_trees_fit(self.steps_per_generation or self.gradient_accumulation_steps)
         super().__post_init__()  # resolves steps_per_generation, and parses generation_kwargs from the command line
@@ -229,6 +250,17 @@ class TreeRPOConfig(GRPOConfig):
                 f"{self.segment_length} tokens make completions of {most - self.segment_length + 1} to {most}; leave "
                 f"max_completion_length unset, or leave segment_length unset to have it derived"
             )
+
+    def _check_tree_log(self) -> None:
+        if self.log_trees_steps is not None and not self.log_trees:
+            raise ValueError(
+                f"log_trees_steps is {self.log_trees_steps}, but log_trees is False; set log_trees=True, or leave "
+                "log_trees_steps unset"
+            )
+        if self.log_trees_steps is not None and self.log_trees_steps < 1:
+            raise ValueError(f"log_trees_steps is {self.log_trees_steps}; trees are written every 1 or more steps")
+        if self.num_trees_to_print < 0:
+            raise ValueError(f"num_trees_to_print is {self.num_trees_to_print}; use 0 to print none")
 
     def _check_trees_fit(self, steps_per_generation: int) -> None:
         """A whole tree lives on one process, so a process must generate a whole number of trees."""

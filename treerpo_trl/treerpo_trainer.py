@@ -8,27 +8,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
-from trl import GRPOTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id
 
+from .adapters import check_adapter, check_quantization, prepare_adapter
 from .backends import TransformersBackend, VLLMBackend, find_context_length
+from .callbacks import TreeLoggingCallback
 from .credit import ScoredTree, assign
-from .metrics import tree_metrics
+from .metrics import Metrics, pool, step_metrics, tree_metrics
+from .model_card import write_model_card
 from .prefix_sharing import PrefixSharing
+from .resuming import ResumableGRPOTrainer
 from .rows import LOSS_WEIGHTINGS, lay_out, project, shuffle_micro_batches, slots
 from .sampling import TreeShape, grow
-from .scoring import DistinctRows, score_once
+from .scoring import DistinctRows, RowRewards, score_once
+from .timing import PhaseTimer, timed
 from .tree import Tree
 from .treerpo_config import TreeRPOConfig
 from .validation import (
@@ -41,7 +41,7 @@ from .validation import (
 )
 
 
-class TreeRPOTrainer(GRPOTrainer):
+class TreeRPOTrainer(ResumableGRPOTrainer):
     """
     Trainer for Tree Relative Policy Optimization (TreeRPO), introduced in [TreeRPO: Tree Relative Policy
     Optimization](https://huggingface.co/papers/2506.05183).
@@ -131,6 +131,8 @@ class TreeRPOTrainer(GRPOTrainer):
             args = TreeRPOConfig(f"{model_name.split('/')[-1]}-TreeRPO")
         check_arguments(args, processing_class, tools, rollout_func, environment_factory)
         check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
+        check_quantization(model, quantization_config, peft_config, args.model_init_kwargs)
+        check_adapter(model, peft_config, args.beta)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -144,6 +146,7 @@ class TreeRPOTrainer(GRPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        prepare_adapter(self.model, args.beta)
         check_engine(self.accelerator)
         check_processing_class(self.processing_class)
         config: Any = args  # whose optional fields are all resolved
@@ -153,7 +156,8 @@ class TreeRPOTrainer(GRPOTrainer):
         self.last_trees: list[ScoredTree] = []
         self._trees: list[Tree] = []
         self._can_fork_caches = True
-        self._rewards_per_func = torch.empty(0)
+        self._rewards = RowRewards([], [], {})
+        self._phase_timer = PhaseTimer(self.accelerator.device)
         contexts = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         if self.use_vllm:
             contexts.append(find_context_length(self.vllm_generation))
@@ -165,8 +169,11 @@ class TreeRPOTrainer(GRPOTrainer):
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         self._prefix_sharing = PrefixSharing(args.prefix_sharing, models, self.accelerator)
         self._loss_inputs: dict[str, Any] | None = None
+        if args.log_trees:
+            self.add_callback(TreeLoggingCallback(self, args.log_trees_steps, args.num_trees_to_print))
         check_prompts_fit(train_dataset, self._tokenize_prompts, self._max_prompt_length, config.max_completion_length)
 
+    @timed("sampling")
     def _generate_single_turn(
         self,
         prompt_ids: list[list[int]],
@@ -236,6 +243,7 @@ class TreeRPOTrainer(GRPOTrainer):
         ):
             yield model
 
+    @timed("rewards")
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
@@ -250,9 +258,11 @@ class TreeRPOTrainer(GRPOTrainer):
         finally:
             self.reward_funcs = reward_funcs
         start = self.accelerator.process_index * len(prompts)
-        self._rewards_per_func = rewards_per_func[start : start + len(prompts)]
+        own_rewards = rewards_per_func[start : start + len(prompts)]
+        self._rewards = RowRewards.of(own_rewards, self.reward_weights, self.reward_func_names, rows)
         return rewards_per_func
 
+    @timed("batch")
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Replace the group-relative advantages of the rows by those of the trees' nodes."""
         output = super()._generate_and_score_completions(inputs)
@@ -276,7 +286,8 @@ class TreeRPOTrainer(GRPOTrainer):
         advantages = project(layout.node_BT, torch.tensor(advantage_N)).to(device)
         loss_mask = (project(layout.node_BT, torch.tensor(weight_N)) * layout.owned_BT).to(device)
         self._log_row_advantages(advantages, (layout.node_BT >= 0).to(device))
-        self._log_tree_metrics()
+        rewards = self._rewards
+        self._log_pooled(tree_metrics(self.last_trees, self.tree_shape.branching, rewards.distinct, rewards.by_func))
         return {
             **output,
             "advantages": advantages,
@@ -286,16 +297,12 @@ class TreeRPOTrainer(GRPOTrainer):
         }
 
     def _assign_credit(self) -> list[ScoredTree]:
-        """Score each tree with the rewards of its leaves: the weighted sum over the reward functions, as TRL's."""
-        rewards_per_func = self._rewards_per_func
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        unscorable = rewards_per_func.isnan().all(dim=1).tolist()
-        row_rewards = [None if skip else reward for reward, skip in zip(rewards.tolist(), unscorable, strict=True)]
+        """Score each tree with the rewards of its leaves."""
         scored_trees = []
         for index, tree in enumerate(self._trees):
             start = index * self.num_generations
             leaves = slots(tree, self.tree_shape.branching)
-            leaf_rewards = dict(zip(leaves, row_rewards[start : start + len(leaves)], strict=True))
+            leaf_rewards = dict(zip(leaves, self._rewards.total[start : start + len(leaves)], strict=True))
             scored_trees.append(assign(tree, leaf_rewards, self.args.advantage_estimator, self.args.prune_threshold))
         return scored_trees
 
@@ -307,11 +314,18 @@ class TreeRPOTrainer(GRPOTrainer):
             logged.pop()
         logged.extend(row_advantages)
 
-    def _log_tree_metrics(self) -> None:
-        metrics = tree_metrics(self.last_trees, self.num_generations, self.tree_shape.max_depth)
-        sums = torch.tensor([[mean.total, mean.count] for mean in metrics.values()], device=self.accelerator.device)
-        for name, (total, count) in zip(metrics, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
-            self._metrics["train"][name].append(total / count if count else float("nan"))
+    def _log_pooled(self, metrics: Metrics) -> None:
+        """Log the metrics of all processes as one."""
+        for name, value in pool(gather_object([metrics])).items():
+            self._metrics["train"][name].append(value)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Upstream's; after the last one before an optimizer step, log what that step took."""
+        with self._phase_timer.run("training"):
+            loss = super().training_step(*args, **kwargs)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._log_pooled(step_metrics(self._phase_timer.take(), *self._prefix_sharing.take_token_counts()))
+        return loss
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Shuffle whole micro-batches: TRL's shuffle of rows would scatter a tree over them."""
@@ -322,6 +336,7 @@ class TreeRPOTrainer(GRPOTrainer):
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
+    @timed("log_probs")
     def _get_per_token_logps_and_entropies(
         self,
         model: Any,
@@ -359,3 +374,10 @@ class TreeRPOTrainer(GRPOTrainer):
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """As upstream, on whether a token counts rather than how much (`loss_weighting='node'` weighs tokens)."""
         return super().get_high_entropy_mask(entropies, (mask > 0).to(entropies.dtype), threshold)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Our own card, with the metadata of TRL's."""
+        draft = super().create_model_card
+        write_model_card(self, lambda: draft(model_name, dataset_name, tags))

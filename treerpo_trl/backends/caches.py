@@ -35,6 +35,7 @@ class RoomyLayer(DynamicLayer):
         self._write(0, keys, values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As upstream, written into the room that is left."""
         length = self.keys.size(-2)
         if length + key_states.size(-2) > self._buffers[0].size(-2):
             return super().update(key_states, value_states, *args, **kwargs)
@@ -42,6 +43,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """As upstream, with the room given up."""
         super().batch_select_indices(indices)
         self._buffers = [self.keys, self.values]  # lets go of the rows that were not selected
 

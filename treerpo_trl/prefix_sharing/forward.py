@@ -15,11 +15,13 @@ from .packing import pack_rows
 
 
 class RowOutputs(NamedTuple):
-    """What a forward pass says of rows: (B, T) log-probabilities and entropies, and the load-balancing loss."""
+    """What a forward pass says of rows: (B, T) log-probabilities and entropies, and the load-balancing loss; and how
+    many tokens it computed for that."""
 
     log_probs: Tensor
     entropy: Tensor | None
     aux_loss: Tensor | None
+    num_computed: int
 
 
 def forward_shared(
@@ -60,7 +62,7 @@ def forward_shared(
         with without_masks():
             outputs = model(**arguments, attention_mask=packed.counts.float())
     entropy = None if outputs.entropy is None else packed.unpack(outputs.entropy)
-    return RowOutputs(packed.unpack(outputs.log_probs, missing), entropy, outputs.aux_loss)
+    return RowOutputs(packed.unpack(outputs.log_probs, missing), entropy, outputs.aux_loss, packed.input_ids.numel())
 
 
 def forward_dense(model: nn.Module, input_ids_BL: Tensor, attention_mask_BL: Tensor, width: int) -> Tensor:

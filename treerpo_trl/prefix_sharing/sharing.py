@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .attention import install
 from .forward import find_difference, forward_shared
-from .support import unsupported_reason
+from .support import has_low_precision, unsupported_reason
 
 
 # Largest difference of a log-probability from that of dense rows that rounding explains.
@@ -40,6 +40,8 @@ class PrefixSharing:
         self.accelerator = accelerator
         self.is_active = mode is not False
         self._is_checked = False
+        self._row_tokens: Any = 0  # a tensor once it has counted: to read it would wait for the device
+        self._computed_tokens = 0
         for model in models if self.is_active else ():
             if (reason := unsupported_reason(model)) is not None:
                 self._fall_back(reason)
@@ -50,9 +52,7 @@ class PrefixSharing:
             text_config = models[0].config.get_text_config()
             self.is_moe = hasattr(text_config, "output_router_logits")
             self._vocabulary_size = text_config.vocab_size
-            self._is_low_precision = (
-                accelerator.mixed_precision in ("bf16", "fp16") or models[0].dtype.itemsize < torch.float32.itemsize
-            )
+            self._is_low_precision = accelerator.mixed_precision in ("bf16", "fp16") or has_low_precision(models[0])
 
     def can_share(self, model: Any, input_ids: Tensor) -> bool:
         """Whether to share prefixes. The first call measures on the model as it is, wrapped and all, that it is exact.
@@ -83,6 +83,15 @@ class PrefixSharing:
             model.train(was_training)
         local = torch.tensor([difference], device=device)
         return self.accelerator.gather(local).max().item(), failure  # all processes must decide the same
+
+    def take_token_counts(self) -> tuple[int, int]:
+        """(tokens of the rows, tokens computed of them) in the forward passes with a gradient since the last call.
+
+        They are (1, 1) if nothing is shared.
+        """
+        counts = int(self._row_tokens), self._computed_tokens
+        self._row_tokens = self._computed_tokens = 0
+        return counts if self.is_active else (1, 1)
 
     def _fall_back(self, reason: str) -> None:
         if self.mode is True:
@@ -130,6 +139,9 @@ class PrefixSharing:
                         compute_aux_loss,
                     )
                 )
+        if torch.is_grad_enabled():
+            self._row_tokens = self._row_tokens + attention_mask_BL.sum()
+            self._computed_tokens += sum(chunk.num_computed for chunk in chunks)
         logps = torch.cat([chunk.log_probs for chunk in chunks])
         entropies = [chunk.entropy for chunk in chunks if chunk.entropy is not None]
         aux_losses = [chunk.aux_loss for chunk in chunks if chunk.aux_loss is not None]

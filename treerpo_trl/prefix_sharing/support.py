@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .attention import PREFIX
@@ -45,6 +46,11 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
             f"{name} uses attn_implementation='{implementation}', not {' or '.join(map(repr, KNOWN_IMPLEMENTATIONS))}"
         )
     return None
+
+
+def has_low_precision(model: PreTrainedModel) -> bool:
+    """Whether some parameters have fewer bits than a number of single precision, as quantized ones have."""
+    return any(parameter.dtype.itemsize < torch.float32.itemsize for parameter in model.parameters())
 
 
 def _rotations(rope_parameters: Any) -> set[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.style import Style
@@ -12,14 +11,7 @@ from rich.tree import Tree as RichTree
 
 from ..credit import ScoredTree
 from ..tree import ROOT
-
-
-class Tokenizer(Protocol):
-    """What a view needs of a tokenizer."""
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
-        """The text of token ids."""
-        ...
+from .text import Tokenizer, decode, leaf_answer, visible
 
 
 def print_tree(scored: ScoredTree, tokenizer: Tokenizer, console: Console | None = None) -> None:
@@ -34,11 +26,13 @@ def print_tree(scored: ScoredTree, tokenizer: Tokenizer, console: Console | None
 
 
 def render_tree(scored: ScoredTree, tokenizer: Tokenizer) -> RichTree:
-    """The prompt and below it every step: its value as a colour (red 0, green 1), its text and its advantage.
+    """The prompt and below it every step: its value as a colour (red 0, green 1), its text, advantage and length.
 
-    Steps of pruned groups are dimmed; leaves end with their reward.
+    Steps of pruned groups are dimmed; leaves end with their reward and final answer.
     """
-    root = RichTree(Text.assemble(_text(scored, ROOT, tokenizer), "  ", _value(scored, ROOT)))
+    root = RichTree(
+        Text.assemble(_text(scored, ROOT, tokenizer), "  ", _value(scored, ROOT), "  ", _length(scored, ROOT))
+    )
     _add_children(root, scored, ROOT, lambda node: _label(scored, node, tokenizer))
     return root
 
@@ -55,9 +49,11 @@ def _label(scored: ScoredTree, node: int, tokenizer: Tokenizer) -> Text:
     else:
         label.append("  pruned", style="italic")
         label.stylize("dim")
+    label.append(f"  {_length(scored, node)}")
     if node in scored.rewards:
-        reward = scored.rewards[node]
+        reward, answer = scored.rewards[node], leaf_answer(scored.tree, node, tokenizer)
         label.append("  reward " + ("none" if reward is None else f"{reward:g}"))
+        label.append("" if answer is None else f"  answer {visible(answer)}")
     return label
 
 
@@ -70,7 +66,9 @@ def _value(scored: ScoredTree, node: int) -> Text:
     return Text(f"V={value:.2f}", style=Style(color=f"rgb({red},{green},40)"))
 
 
+def _length(scored: ScoredTree, node: int) -> str:
+    return f"{len(scored.tree.nodes[node].token_ids)} tok"
+
+
 def _text(scored: ScoredTree, node: int, tokenizer: Tokenizer) -> str:
-    """The step's text on one line, with what it holds of control characters made visible."""
-    text = tokenizer.decode(scored.tree.nodes[node].token_ids, skip_special_tokens=False)
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return visible(decode(tokenizer, scored.tree.nodes[node].token_ids))

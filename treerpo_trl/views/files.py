@@ -1,0 +1,41 @@
+"""Where trees lie on disk: one parquet file and one page a step, and how a file is replaced in one go."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+
+INDEX = "index.html"
+STEP_FILE = re.compile(r"step_(\d+)\.parquet")
+
+
+def step_path(folder: str | Path, step: int, suffix: str = ".parquet") -> Path:
+    """The step's file in a folder of trees: its records by default, its page with ".html"."""
+    return Path(folder) / f"step_{step:06d}{suffix}"
+
+
+def step_files(folder: str | Path) -> dict[int, Path]:
+    """Step -> its parquet file, in the order of the steps."""
+    found = {int(match[1]): path for path in Path(folder).iterdir() if (match := STEP_FILE.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to instead of `path`, which takes its place only once all is written.
+
+    A reader, or a run that is killed, never meets half a file. The folder is made if there is none.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

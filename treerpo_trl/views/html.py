@@ -1,0 +1,158 @@
+"""A step's trees as one self-contained page: each tree at a glance, its steps to fold and unfold, their texts."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .document import render_document, script_json
+from .files import INDEX, replacing, step_path
+from .summary import Record, Summary, by_tree, summarise
+
+
+SCRIPTS = ("tree.js", "outline.js", "icicle.js", "page.js")
+# What the page shows of a node; token ids stay in the parquet file.
+SHOWN_COLUMNS = ("parent", "depth", "text", "ended", "truncated", "value", "group_mean", "advantage", "kept", "reward",
+                 "answer", "rows")  # fmt: skip
+LINKS = re.compile(r"<!--links-->.*?<!--/links-->", re.DOTALL)
+
+
+def render_page(records: Sequence[Record], *, title: str, max_trees: int | None = None) -> str:
+    """The page of one step.
+
+    Args:
+        records: Of [`~treerpo_trl.views.tree_records`], of one step and of all processes; may be empty.
+        title: What the trees are of, such as the run's name.
+        max_trees: Most trees to show, the first ones; all by default. The page's numbers are of all trees in any case.
+
+    Returns:
+        An HTML document that needs no other file.
+
+    Raises:
+        ValueError: The records are of several steps, or not of whole trees.
+    """
+    steps = sorted({record["step"] for record in records})
+    if len(steps) > 1:
+        raise ValueError(f"a page shows one step, got records of steps {steps}; write one page for each")
+    trees = by_tree(records)
+    shown = dict(islice(trees.items(), max_trees))
+    blocks = [
+        f'<script type="application/json" id="tree-{place}">{script_json(_columns(nodes))}</script>'
+        for place, nodes in enumerate(shown.values())
+    ]
+    summary = summarise(trees.values())
+    return render_document(
+        "page.html",
+        styles=("base.css", "page.css"),
+        scripts=SCRIPTS,
+        slots={
+            "heading": f"Step {steps[0]:,}" if steps else "No trees",
+            "title": escape(title),
+            "numbers": _numbers(summary, len(shown)),
+            "step": script_json(
+                {
+                    "scale": _scale(records),
+                    "processes": len({record["process"] for record in records}),
+                    "trees": [_about(tree, nodes) for tree, nodes in shown.items()],
+                }
+            ),
+            # The script stands after the first tree, and draws it while a browser still reads the others.
+            "first_tree": "\n".join(blocks[:1]),
+            "other_trees": "\n".join(blocks[1:]),
+        },
+    )
+
+
+def write_page(records: Sequence[Record], path: str | Path, *, title: str, max_trees: int | None = None) -> None:
+    """Write a step's page to a file, in one go; see [`render_page`].
+
+    [`~treerpo_trl.views.build_index`] adds links to its neighbours.
+    """
+    page = render_page(records, title=title, max_trees=max_trees)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def link_page(path: Path, previous: int | None, following: int | None) -> None:
+    """Let a page lead to the index and to its neighbours' pages; a page that does already stays as it is.
+
+    Args:
+        path: A page of [`write_page`].
+        previous, following: Steps that have pages beside this one; `None` at either end.
+    """
+    links = [f'<a href="{INDEX}">All steps</a>']
+    if previous is not None:
+        links.insert(0, f'<a rel="prev" href="{step_path("", previous, ".html")}">← Step {previous:,}</a>')
+    if following is not None:
+        links.append(f'<a rel="next" href="{step_path("", following, ".html")}">Step {following:,} →</a>')
+    block = f'<!--links--><nav aria-label="Steps">{" ".join(links)}</nav><!--/links-->'
+    with path.open(encoding="utf-8") as page:
+        # They stand before any tree, so the first one found is the template's.
+        if block in page.read(1 << 16):
+            return
+    text, found = LINKS.subn(lambda _: block, path.read_text(encoding="utf-8"), count=1)
+    if not found:
+        return
+    written = path.stat()
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        # Its age tells whether the page is older than its trees.
+        os.utime(temporary, ns=(written.st_atime_ns, written.st_mtime_ns))
+
+
+def _numbers(summary: Summary, num_shown: int) -> str:
+    numbers = {
+        "Trees": f"{summary.trees:,}" + (f" (the first {num_shown:,} below)" if num_shown < summary.trees else ""),
+        "Nodes": f"{summary.nodes:,}",
+        "Mean reward": format_number(summary.mean_reward, ".3f"),
+        "Groups kept": format_number(summary.kept_share, ".0%"),
+        "Mean completion": format_number(summary.mean_tokens, ",.0f", " tokens"),
+    }
+    return "".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in numbers.items())
+
+
+def format_number(number: float | None, spec: str, unit: str = "") -> str:
+    """A number as pages show it; a dash if there is none."""
+    return "–" if number is None else f"{number:{spec}}{unit}"
+
+
+def _about(tree: int, nodes: Sequence[Record]) -> dict[str, Any]:
+    """What the list of prompts says of a tree."""
+    summary, root = summarise([nodes]), nodes[0]
+    return {
+        "tree": tree,
+        "process": root["process"],
+        "prompt": root["text"],
+        "value": _rounded(root["value"]),
+        "nodes": summary.nodes,
+        "leaves": summary.leaves,
+        "groups": summary.groups,
+        "kept": summary.kept_groups,
+    }
+
+
+def _columns(nodes: Sequence[Record]) -> dict[str, list[Any]]:
+    columns = {name: [_rounded(node[name]) for node in nodes] for name in SHOWN_COLUMNS}
+    return {**columns, "tokens": [node["num_tokens"] for node in nodes]}
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits are more than a page shows; JSON has no infinities."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _scale(records: Iterable[Record]) -> dict[str, float]:
+    """The values that the colours run between: 0 and 1, unless rewards leave that interval."""
+    values = [value for record in records if (value := _rounded(record["value"])) is not None]
+    if all(0 <= value <= 1 for value in values):
+        return {"low": 0, "high": 1}
+    low, high = min(values), max(values)
+    return {"low": low, "high": high if high > low else low + 1}

@@ -1,0 +1,73 @@
+"""What a model wrote, as people may safely see it: decoded, with control characters visible, and its final answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from ..tree import Tree
+
+
+BOXED = re.compile(r"\\boxed\s*\{")
+
+
+class Tokenizer(Protocol):
+    """What a view needs of a tokenizer."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
+        """The text of token ids."""
+        ...
+
+
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of token ids, in a form that every file can hold.
+
+    Args:
+        tokenizer: Decodes.
+        token_ids: A node's tokens, or a whole path's.
+        skip_special_tokens: Whether to leave out special tokens such as the end-of-sequence token.
+    """
+    text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+    # Half a surrogate pair, which some tokenizers make of half a character, cannot be written as UTF-8.
+    return text.encode(errors="replace").decode()
+
+
+def visible(text: str) -> str:
+    """The text on one line: characters that do not print (controls, terminal escapes, joiners) become escapes."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def leaf_answer(tree: Tree, leaf: int, tokenizer: Tokenizer) -> str | None:
+    """The [`final_answer`] of the completion that ends in `leaf`."""
+    return final_answer(decode(tokenizer, tree.completion_ids(leaf), skip_special_tokens=True))
+
+
+def final_answer(completion: str) -> str | None:
+    r"""What a completion says last, for display: not what a reward function reads.
+
+    Args:
+        completion: Text without special tokens.
+
+    Returns:
+        What stands in the last `\boxed{...}` whose braces balance; else the last line that is not blank; `None` if
+        there is none.
+    """
+    for match in reversed(list(BOXED.finditer(completion))):
+        answer = _braced(completion, match.end())
+        if answer is not None:
+            return answer.strip()
+    lines = [line.strip() for line in completion.splitlines() if line.strip()]
+    return lines[-1] if lines else None
+
+
+def _braced(text: str, start: int) -> str | None:
+    """The text from `start`, just after an opening brace, to the brace that closes it. `\\{` is a letter in LaTeX."""
+    depth, index = 1, start
+    while index < len(text):
+        character = text[index]
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[start:index]
+        index += 2 if character == "\\" else 1
+    return None
