@@ -36,6 +36,9 @@ The paper's setting (any option of a recipe can be overridden on the command lin
     accelerate launch --config_file accelerate_configs/deepspeed_zero2.yaml examples/train.py \
         --config examples/recipes/treerpo_qwen2.5_math_1.5b.yaml
 
+With `--resume_from_checkpoint true` a run that was killed goes on from its newest complete checkpoint, or starts from
+the beginning if there is none yet.
+
 Add `--use_vllm --vllm_mode server --vllm_server_host HOST` to have a vLLM server grow the trees, or
 `--use_vllm --vllm_mode colocate` for engines beside the model; the README's "Scaling" says how to start the one.
 """
@@ -60,6 +63,7 @@ from trl.rewards import (
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.adapters import check_quantization
+from treerpo_trl.checkpoints import last_complete_checkpoint
 
 
 REWARD_FUNCS: dict[str, Callable] = {
@@ -207,6 +211,23 @@ def load_data(
     return drop_long_prompts(dataset, script_args.max_prompt_length, processor, template_kwargs)
 
 
+def find_checkpoint(training_args: TreeRPOConfig) -> str | None:
+    """The checkpoint to go on from: if `resume_from_checkpoint` is true, the newest complete one, if there is one.
+
+    So a job that is submitted with it can be submitted again whenever it was killed.
+    """
+    given = training_args.resume_from_checkpoint
+    if given is None or str(given).lower() not in ("true", "false"):
+        return given
+    if str(given).lower() == "false":
+        return None
+    checkpoint = last_complete_checkpoint(training_args.output_dir)
+    if training_args.process_index == 0:
+        no_checkpoint = f"Starting from the beginning: no complete checkpoint in {training_args.output_dir} yet."
+        print("▶️ " + (f"Going on from {checkpoint}." if checkpoint else no_checkpoint))
+    return checkpoint
+
+
 def main(script_args: TreeRPOScriptArguments, training_args: TreeRPOConfig, model_args: ModelConfig) -> None:
     """Load the rewards, the data and the model; train; save."""
     # The rewards come first: a mistyped name should not cost the time to load a model.
@@ -241,7 +262,7 @@ def main(script_args: TreeRPOScriptArguments, training_args: TreeRPOConfig, mode
         peft_config=peft_config,
     )
 
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
     trainer.accelerator.print("✅ Training completed.")
 
     trainer.save_model(training_args.output_dir)

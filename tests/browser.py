@@ -50,6 +50,18 @@ def watched_page(browser: sync_api.Browser, **options) -> Iterator[sync_api.Page
     context.close()
 
 
+def visit(page, address: str, tree: int) -> None:
+    """Open a page at a tree; on a page that is open already, only the tree changes."""
+    page.goto(f"{address}#tree={tree}")
+    sync_api.expect(page.locator("#tree-name")).to_have_text(f"Tree {tree}")
+
+
+def choose_prompt(page, tree: int) -> None:
+    """Click on a tree in the list of prompts."""
+    page.locator("#prompt-list a", has_text=f"Tree {tree}").click()
+    sync_api.expect(page.locator("#tree-name")).to_have_text(f"Tree {tree}")
+
+
 def item(page, name: str):
     """The item of the outline that is called so, such as 1.2."""
     return page.locator(f"[role=treeitem]:has(> .row .name:text-is('{name}'))")
@@ -67,7 +79,7 @@ def names(page) -> list[str]:
 
 
 def selected(page) -> str:
-    (name,) = page.locator("[aria-selected=true] > .row .name").all_inner_texts()
+    (name,) = page.locator("[aria-selected=true] > .row .name").all_text_contents()
     return name
 
 

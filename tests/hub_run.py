@@ -75,9 +75,9 @@ def run_quick_start(name: str) -> str:
     card = ModelCard.load(f"me/{name}")
     card.validate()
     [code] = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            exec(code, {})
+    output = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(output):
+        exec(code, {})
     return output.getvalue()
 
 

@@ -4,7 +4,7 @@ import statistics
 import time
 
 import pytest
-from browser import facts, item, names, open_browser, selected, sync_api, watched_page
+from browser import choose_prompt, facts, item, names, open_browser, selected, sync_api, visit, watched_page
 from view_trees import LONG, example_records, random_records
 
 from treerpo_trl.sampling import TreeShape
@@ -64,10 +64,10 @@ def test_every_field_is_shown(page, pages):
     }  # fmt: skip
     texts = page.locator("#path .text").evaluate_all("texts => texts.map(text => text.textContent)")
     assert texts == ["What is 3 + 4?\n", "Add them.\n", "So 8"]
-    page.locator("#prompt-list a", has_text="Tree 1").click()
+    choose_prompt(page, 1)
     assert facts(page, "1")[2:4] == ["pruned", "μ 1.00"]
     assert page.locator("[role=group].pruned").count() == 3
-    page.locator("#prompt-list a", has_text="Tree 3").click()
+    choose_prompt(page, 3)
     assert facts(page, "1.1")[:3] == ["V none", "1.1", "pruned"]
     assert "no reward" in facts(page, "1.1")
 
@@ -91,6 +91,11 @@ def test_folding_with_the_mouse(page, pages):
     item(page, "2.1.2").locator("> .row").click()
     item(page, "2").locator("> .row .caret").click()
     assert selected(page) == "2"
+    # So does an unfolding to a depth that hides it.
+    item(page, "2").locator("> .row .caret").click()
+    item(page, "2.1.2").locator("> .row").click()
+    page.get_by_role("button", name="2", exact=True).click()
+    assert selected(page) == "2.1"
 
 
 def test_keys_follow_the_tree_pattern(page, pages):
@@ -136,7 +141,7 @@ def test_keys_follow_the_tree_pattern(page, pages):
 
 
 def test_typing_goes_to_the_next_node_that_begins_so(page, pages):
-    page.goto(pages["example"] + "#tree=1")
+    visit(page, pages["example"], 1)
     page.locator("#outline [tabindex='0']").focus()
     for key, name in (("s", "2"), ("a", "1"), ("A", "1.1"), ("d", "2.2")):
         page.keyboard.press(key)
@@ -189,7 +194,7 @@ def test_filters(page, pages):
     assert page.locator("#prompt-count").inner_text() == "3 of 4"
     page.locator("#search").fill("is 2")
     assert prompts.all_inner_texts() == ["Tree 2"]
-    prompts.first.click()
+    choose_prompt(page, 2)
     assert names(page) == ["Prompt", "1", "1.1", "1.2", "2", "2.1", "2.2"]
     page.locator("#search").fill("")
     page.get_by_label("Only kept groups").check()
@@ -197,7 +202,7 @@ def test_filters(page, pages):
     assert page.locator("#icicle .cell").count() == 4
     assert page.locator("#shown").inner_text() == "3 of 3 nodes unfolded"
     assert prompts.all_inner_texts() == ["Tree 0", "Tree 2", "Tree 3"]
-    page.goto(pages["example"] + "#tree=1")
+    visit(page, pages["example"], 1)
     assert names(page) == ["Prompt"]
     expect(page.get_by_text("Every group of this tree was pruned.")).to_be_visible()
     page.get_by_label("Only kept groups").uncheck()
@@ -205,7 +210,7 @@ def test_filters(page, pages):
 
 
 def test_long_texts_fold(page, pages):
-    page.goto(pages["example"] + "#tree=1")
+    visit(page, pages["example"], 1)
     text = item(page, "1").locator("> .row .text")
     folded = text.bounding_box()["height"]
     assert folded < 80

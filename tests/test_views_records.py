@@ -20,6 +20,7 @@ from view_trees import Texts, example_records, make_tree, scored_forests
 from treerpo_trl.rows import slots
 from treerpo_trl.tree import ROOT
 from treerpo_trl.views import read_trees, tree_records, write_trees
+from treerpo_trl.views.files import replacing
 from treerpo_trl.views.records import SCHEMA, TREE_COLUMNS, read_summary
 from treerpo_trl.views.summary import by_tree, summarise
 from treerpo_trl.views.text import final_answer
@@ -251,3 +252,14 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
         write_trees([], path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_two_writers_of_one_file_leave_one_whole_file(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from browser import LOW_CONTRAST, item, open_browser, sync_api, watched_page
+from browser import LOW_CONTRAST, item, open_browser, sync_api, visit, watched_page
 from view_trees import HOSTILE, example_records, random_records
 
 from treerpo_trl.sampling import TreeShape
@@ -73,15 +73,15 @@ def test_all_text_has_enough_contrast(browser, pages, scheme):
     with watched_page(browser, color_scheme=scheme) as page:
         page.goto(pages["paper"])
         page.get_by_role("button", name="2", exact=True).click()
-        for address in (pages["paper"], *(f"{pages['example']}#tree={tree}" for tree in range(4))):
-            page.goto(address)
+        for address, tree in ((pages["paper"], 0), *((pages["example"], tree) for tree in range(4))):
+            visit(page, address, tree)
             result = page.evaluate(LOW_CONTRAST)
             assert result["checked"] > 30
             assert result["found"] == []
 
 
 def test_hostile_text_is_shown_and_never_run(page, pages):
-    page.goto(pages["example"] + "#tree=3")
+    visit(page, pages["example"], 3)
     page.get_by_role("button", name="2", exact=True).click()
     for row in page.locator("#outline .row").all():
         row.click()
@@ -108,8 +108,8 @@ def test_the_policy_stops_what_the_code_might_let_through(browser, pages):
 
 def test_a_narrow_window_scrolls_only_down(browser, pages):
     with watched_page(browser, viewport={"width": 360, "height": 700}) as page:
-        for address in (*(f"{pages['example']}#tree={tree}" for tree in range(4)), pages["paper"]):
-            page.goto(address)
+        for address, tree in (*((pages["example"], tree) for tree in range(4)), (pages["paper"], 0)):
+            visit(page, address, tree)
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         item(page, "2").locator("> .row").click()
         assert not page.locator("#facts").is_visible()

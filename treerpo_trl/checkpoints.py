@@ -26,7 +26,8 @@ from accelerate.utils import gather_object
 
 SEAL = "treerpo_checkpoint.json"
 TRAINER_STATE = "trainer_state.json"
-FORMAT = 1
+FORMAT = 1  # a newer one is not understood
+PLAIN = (str, int, float, bool, type(None))
 CHECKPOINT = re.compile(r"(replaced-)?checkpoint-(\d+)")
 
 
@@ -66,8 +67,8 @@ def make_plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)  # of a view, the copy holds what is seen only
     if isinstance(value, Mapping):
-        return {make_plain(key): make_plain(item) for key, item in value.items()}
-    if type(value) in (str, int, float, bool, type(None)):
+        return {key if type(key) in PLAIN else str(key): make_plain(item) for key, item in value.items()}
+    if type(value) in PLAIN:
         return value
     if hasattr(value, "tolist"):  # numpy's
         return value.tolist()
@@ -119,7 +120,10 @@ def find_fault(folder: str | Path) -> str | None:
             f"it has no {SEAL}, so it was written by another trainer or with save_only_model=True and lacks what a "
             f"run needs to go on. To start a new run from its weights, pass model='{folder}'"
         )
-    for name, size in read_seal(folder)["files"].items():
+    content = read_seal(folder)
+    if content["format"] > FORMAT:
+        return f"it was written by a newer treerpo_trl (format {content['format']}, not {FORMAT}); install that"
+    for name, size in content["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -211,8 +215,8 @@ def check_settings(folder: str | Path, settings: Mapping[str, Any]) -> bool:
         )
     if changed and PartialState().is_main_process:
         warnings.warn(
-            f"The run goes on from {folder} with its weights, optimizer and step, but not as an unbroken one would: "
-            f"{', '.join(changed)}. Prompts come in other batches and samples are others.",
+            f"The run goes on from {folder} with its weights, its step and, where its files fit, its optimizer, but "
+            f"not as an unbroken one would: {', '.join(changed)}",
             stacklevel=2,
         )
     return not changed

@@ -55,7 +55,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if checkpoint is not None:
             self._goes_on_exactly = check_settings(checkpoint, settings_of(self))
             self._check_reference(checkpoint)
-            self._epochs_done = int(read_progress(checkpoint)["epoch"])
+            self._epochs_done = int(read_progress(checkpoint)["epoch"] or 0)
             if self.args.should_save:  # upstream writes it last of all, and `state_N` holds the same
                 drop_unreadable(checkpoint, "entropy_ctrl_state.json")
             self.accelerator.wait_for_everyone()
@@ -105,10 +105,10 @@ class ResumableGRPOTrainer(GRPOTrainer):
         epochs, micro_steps = super()._init_training_state(*args, **kwargs)
         if self._pending is not None and isinstance(self.train_dataset, IterableDataset):
             progress = read_progress(self._pending)
-            epochs, share = int(progress["epoch"]), progress["epoch"] % 1
+            epochs, share = divmod(progress["epoch"] or 0, 1)
             if not self.args.ignore_data_skip:
                 micro_steps = round(share * progress["max_steps"] * self.args.gradient_accumulation_steps)
-        return epochs, micro_steps
+        return int(epochs), micro_steps
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Upstream would make one step more where a run was killed after its last."""

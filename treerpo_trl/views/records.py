@@ -149,8 +149,8 @@ def _cast(table: pa.Table, field: pa.Field, path: str | Path) -> pa.ChunkedArray
         return table[field.name].cast(field.type)
     except pa.ArrowException as error:
         raise ValueError(
-            f"{path} has {table[field.name].type} in column '{field.name}', not {field.type} ({error}); write it again "
-            "with write_trees, or move it out of the folder"
+            f"{path} has {table[field.name].type} in column '{field.name}', not {field.type} ({error}); write it "
+            "again with write_trees, or move it out of the folder"
         ) from error
 
 

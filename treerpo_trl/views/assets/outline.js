@@ -121,7 +121,6 @@ class Outline {
     const item = this.items.get(node);
     item.setAttribute("aria-expanded", "false");
     item.lastChild.hidden = true;
-    if (pathTo(this.selected).slice(0, -1).includes(node)) this.select(node, { focus: false, scroll: false });
   }
 
   toggle(node) {
@@ -168,9 +167,10 @@ class Outline {
     if (!item) return;
     const node = this.tree.nodes[item.dataset.node];
     if (event.target.closest(".more")) this.toggleText(node);
-    else if (event.target.closest(".caret") && node.children.length) this.toggle(node);
-    // Marking text with the mouse is no choice of a step.
-    if (getSelection().isCollapsed) this.select(node, { scroll: false });
+    const onCaret = event.target.closest(".caret") && node.children.length > 0;
+    if (onCaret) this.toggle(node);
+    // Marking text with the mouse is no choice of a node.
+    if (onCaret || getSelection().isCollapsed) this.select(node, { scroll: false });
   }
 
   onKey(event) {
