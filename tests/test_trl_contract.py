@@ -5,6 +5,7 @@ import re
 
 import torch
 from conftest import make_tokenizer, spread_reward
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -34,6 +35,25 @@ def test_the_seams_have_their_signatures():
         assert method is not None, f"GRPOTrainer.{name} is gone; the trainer overrides or calls it"
         parameters = [parameter for parameter in inspect.signature(method).parameters if parameter != "self"]
         assert parameters == expected, f"GRPOTrainer.{name} now takes {parameters}"
+
+
+def test_the_seams_of_resuming():
+    """What is overridden of the training loop, and the order in which a checkpoint is written."""
+    seams = {
+        "_save_checkpoint": ["model", "trial"],
+        "_save_rng_state": ["output_dir"],
+        "_load_rng_state": ["checkpoint"],
+        "_get_train_sampler": ["dataset"],
+    }
+    for name, expected in seams.items():
+        parameters = [name for name in inspect.signature(getattr(GRPOTrainer, name)).parameters if name != "self"]
+        assert parameters == expected, f"GRPOTrainer.{name} now takes {parameters}"
+    for name in ("_init_training_state", "_run_epoch", "_finalize_training"):
+        assert hasattr(GRPOTrainer, name), f"transformers' Trainer.{name} is gone; resuming overrides it"
+    source = inspect.getsource(Trainer._save_checkpoint)
+    parts = ["self.save_model(", "self._save_rng_state(", "self.state.save_to_json(", "rotate_checkpoints("]
+    places = [source.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places), f"a checkpoint is no longer written in the order {parts}"
 
 
 def test_the_forward_seam_begins_as_expected():
