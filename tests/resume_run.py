@@ -43,8 +43,9 @@ BASE = {
     "steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 8, "save_steps": 3,
     "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 5, "num_generations_eval": 2,
     "per_device_eval_batch_size": 2, "learning_rate": 1e-2, "beta": 0.1, "use_adaptive_entropy": True,
-    "log_completions": True, "num_completions_to_print": 1, "save_total_limit": 1, "report_to": "none", "bf16": False,
-    "gradient_checkpointing": False, "disable_tqdm": True, "model_init_kwargs": {"dtype": "float32"},
+    "entropy_target": 3.0, "entropy_coef_delta": 0.01, "log_completions": True, "num_completions_to_print": 1,
+    "save_total_limit": 1, "report_to": "none", "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
+    "model_init_kwargs": {"dtype": "float32"},
 }  # fmt: skip
 PROMPTS = ["1+1=", "7+2=", "7+7+4="]
 SIMULTANEOUS = 2

@@ -56,6 +56,7 @@ function showTree(newPlace, id = 0) {
     );
     icicle.show(tree);
     outline.show(tree, firstDepth(tree));
+    byId("outline").parentElement.scrollTop = 0;
     for (const link of byId("prompt-list").querySelectorAll("a")) {
       if (Number(link.dataset.place) === place) link.setAttribute("aria-current", "true");
       else link.removeAttribute("aria-current");
