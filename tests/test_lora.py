@@ -116,7 +116,7 @@ def test_a_step_is_the_dense_one_and_moves_the_adapter_only(base, make_args, dat
 def test_every_flag_of_the_command_line_arrives(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    Path("my_rewards.py").write_text(
+    Path("length_rewards.py").write_text(
         "def length_reward(completions, **kwargs):\n    return [len(c[0]['content']) % 2 for c in completions]\n"
     )
     save_tiny_llama(tmp_path / "model")
@@ -124,7 +124,7 @@ def test_every_flag_of_the_command_line_arrives(tmp_path, monkeypatch):
     Dataset.from_dict({"prompt": prompts}).to_parquet("rows.parquet")
     config = {
         **RUN,
-        "reward_funcs": ["my_rewards.length_reward"],
+        "reward_funcs": ["length_rewards.length_reward"],
         "reward_weights": None,
         "dataset_solution_column": None,
     }

@@ -117,7 +117,11 @@ def runs(model_path, tmp_path_factory) -> Path:
     for name, common, kills in [
         ("stream", STREAM, [("in a reward function", 4), ("after a step", 7)]),
         ("epochs", EPOCHS, [("in the second backward", 6), ("after generation", 8), ("at the end", 12)]),
-        ("one pass", ONE_PASS, [("in a reward function", 1), ("in the second wave", 3), ("after a step", 6)]),
+        (
+            "one pass",
+            ONE_PASS,
+            [("in a reward function", 1), ("in the second wave", 3), ("after a step", 6), ("at the end", 8)],
+        ),
     ]:
         scenarios[f"{name} unbroken"] = Scenario(**common)
         scenarios[name] = Scenario(**common, kills=kills, resume=[True] * len(kills))
@@ -174,7 +178,7 @@ def test_a_checkpoint_that_is_written_again_stays_until_the_new_one_is_complete(
 @pytest.mark.parametrize("name", ["stream", "epochs", "one pass"])
 def test_it_holds_for_other_settings(runs, name):
     """A stream gone through twice, gradient checkpointing and a reference that moves; everything by the epoch; one
-    generation batch an update."""
+    generation batch an update, and an end in the middle of an epoch."""
     *killed, resumed = runs_of(runs / name)
     assert all(run["status"] == [-9] for run in killed) and resumed["status"] == [0]
     assert_same(runs / name, runs / f"{name} unbroken")
