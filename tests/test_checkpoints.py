@@ -30,6 +30,7 @@ from treerpo_trl.checkpoints import (
     load_state,
     make_plain,
     make_room,
+    read_seal,
     save_state,
     seal,
 )
@@ -231,6 +232,8 @@ def test_a_checkpoint_between_generation_batches_holds_none(model_path, make_arg
     first, second = (load_state(tmp_path / "out" / f"checkpoint-{step}", "state_0") for step in (1, 2))
     assert "micro_batches" in first and "trees" in first
     assert "micro_batches" not in second and "trees" not in second
+    parts = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "treerpo_state_0.pt"}
+    assert parts < read_seal(tmp_path / "out" / "checkpoint-1")["files"].keys()
 
 
 def test_the_mean_loss_is_about_the_steps_since_the_checkpoint(model_path, make_args, dataset, tmp_path):
@@ -242,7 +245,8 @@ def test_the_mean_loss_is_about_the_steps_since_the_checkpoint(model_path, make_
     resumed = train(model_path, args, dataset, str(tmp_path / "out" / "checkpoint-2"))
     *_, log, end = resumed.state.log_history
     assert log["loss"] == pytest.approx(sum(each[:3]) / 3, abs=1e-7)
-    assert end["train_loss"] == pytest.approx(sum(each[2:]) / 2, abs=1e-7)
+    means = [sum(each[2:]) / steps for steps in (2, 4)]  # older versions of transformers divide by all steps
+    assert any(end["train_loss"] == pytest.approx(mean, abs=1e-7) for mean in means)
 
 
 def test_the_seams_are_there():
