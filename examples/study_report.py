@@ -43,8 +43,8 @@ def diagnostics(curves: Mapping[str, Sequence[Curve]]) -> dict[str, dict[str, li
 
 def is_diagnostic(name: str) -> bool:
     """Whether a metric goes into the summary."""
-    prefixes = ("tree/kept_groups", "tree/advantage_abs", "tree/trained_tokens", "tree/token_sharing")
-    return name.startswith(prefixes) or name in ("entropy", "frac_reward_zero_std", "grad_norm")
+    names = ("tree/trained_tokens", "tree/token_sharing", "entropy", "frac_reward_zero_std", "grad_norm")
+    return name.startswith(("tree/kept_groups", "tree/advantage_abs")) or name in names
 
 
 def draw_diagnostics(task: str, curves: Mapping[str, Sequence[Curve]], path: Path) -> None:

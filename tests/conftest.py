@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from byte_llama import save_tiny_llama
 from datasets import Dataset
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -72,6 +73,14 @@ def free_port() -> int:
         server.bind(("127.0.0.1", 0))
         port: int = server.getsockname()[1]
     return port
+
+
+@pytest.fixture(scope="session")
+def llama_path(tmp_path_factory) -> str:
+    """A tiny random Llama on disk, whose tokenizer takes any text."""
+    path = tmp_path_factory.mktemp("tiny-llama")
+    save_tiny_llama(path)
+    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from byte_llama import save_tiny_llama
 from conftest import forests, leaf_rewards, make_tokenizer, spread_reward
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train_script import log_history, save_tiny_llama
+from test_train_script import log_history
 from test_train_script import train as train_script
 from transformers import Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -35,7 +36,7 @@ from treerpo_trl.checkpoints import (
     seal,
 )
 from treerpo_trl.credit import assign
-from treerpo_trl.resuming import ResumableGRPOTrainer, pack, unpack
+from treerpo_trl.resuming import pack, unpack
 
 
 SETTINGS = {"num_processes": 1, "branching_factor": [2, 2]}
@@ -247,13 +248,6 @@ def test_the_mean_loss_is_about_the_steps_since_the_checkpoint(model_path, make_
     assert log["loss"] == pytest.approx(sum(each[:3]) / 3, abs=1e-7)
     means = [sum(each[2:]) / steps for steps in (2, 4)]  # older versions of transformers divide by all steps
     assert any(end["train_loss"] == pytest.approx(mean, abs=1e-7) for mean in means)
-
-
-def test_the_seams_are_there():
-    """What upstream no longer calls would no longer be put back."""
-    for name in vars(ResumableGRPOTrainer):
-        if callable(getattr(ResumableGRPOTrainer, name)) and name not in ("__doc__", "_check_reference"):
-            assert hasattr(GRPOTrainer, name), f"GRPOTrainer.{name} is gone"
 
 
 # From the command line

@@ -14,9 +14,10 @@ from types import ModuleType
 import datasets
 import pytest
 import torch
+from byte_llama import make_byte_tokenizer, save_tiny_llama
 from datasets import Dataset
+from paper_data import find_data
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_train_script import DATA, make_tokenizer, save_tiny_llama
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
@@ -148,7 +149,7 @@ def say(monkeypatch):
     """Puts texts into the model's mouth: those of each problem in turn."""
 
     def set_texts(*texts_of_problems: list[str]) -> None:
-        tokenizer = make_tokenizer()
+        tokenizer = make_byte_tokenizer()
         texts = itertools.cycle(chain(*texts_of_problems))
 
         def sampler(prompt_ids, seed):
@@ -353,7 +354,7 @@ def test_a_file_of_other_problems_or_weights_is_refused(folder):
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     model.save_pretrained("model")
-    make_tokenizer().save_pretrained("model")
+    make_byte_tokenizer().save_pretrained("model")
     with pytest.raises(ValueError, match=r"model_files: '.*' / '.*'"):
         run()
     Path("out/rows.jsonl").write_text('{"a": 1}\n')
@@ -366,7 +367,7 @@ def test_adapters_are_loaded_on_their_base_model(folder):
     assert read("out/rows.jsonl")
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "adapters").merge_and_unload(
     ).save_pretrained("merged")  # fmt: skip
-    make_tokenizer().save_pretrained("merged")
+    make_byte_tokenizer().save_pretrained("merged")
     run(model_name_or_path="merged", output_dir="merged-out")
     run(output_dir="base-out")
     texts = [[record["text"] for record in read(f"{name}/rows.jsonl")] for name in ("out", "merged-out", "base-out")]
@@ -536,11 +537,7 @@ def test_named_benchmarks(folder, name, monkeypatch):
 )
 def test_verifier_accepts_the_right_answers_of_the_benchmarks(name, num_rows, num_right):
     r"""What it misses is what LaTeX takes but math-verify, which reads responses strictly, does not (\frac43)."""
-    if not (DATA / f"{name}.parquet").exists():
-        pytest.skip(f"no {name}.parquet in {DATA}; set TREERPO_DATA to the folder that holds it")
-    benchmark = benchmarks.find_benchmark(
-        str(DATA / f"{name}.parquet"), None, "prompt", "reward_model.ground_truth", None
-    )
+    benchmark = benchmarks.find_benchmark(find_data(name), None, "prompt", "reward_model.ground_truth", None)
     problems = benchmarks.load_problems(benchmark, None, ["accuracy_reward"])
     assert len(problems) == num_rows
     (verifier,) = map(benchmarks.any_of_solutions, train.load_reward_funcs(train.TreeRPOScriptArguments(

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from byte_llama import save_tiny_llama
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from local_hub import Failure, LocalHub
-from test_train_script import save_tiny_llama
 
 
 SCENARIOS = {False: ["refused", "end", "checkpoint", "all_checkpoints", "failing"], True: ["every_save", "adapter"]}

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,10 @@ from conftest import coin_reward, make_tokenizer
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.callbacks import TreeLoggingCallback
-from treerpo_trl.views import read_trees, tree_records
+from treerpo_trl.views import print_tree, read_trees, tree_records
+
+
+ROOT_LINE = re.compile(r"^[^\s├└│].*V=", re.MULTILINE)  # the prompt's, at the top of a printed tree
 
 
 def make_trainer(model, args, dataset) -> TreeRPOTrainer:
@@ -22,17 +27,32 @@ def names(folder: Path) -> list[str]:
 
 def test_every_k_steps_the_trees_that_were_trained_are_on_disk(model, make_args, dataset, capsys):
     args = make_args(log_trees=True, log_trees_steps=2, max_steps=5, num_trees_to_print=1)
-    trainer = make_trainer(model, args, dataset)
-    trainer.train()
+    make_trainer(model, args, dataset).train()
     folder = Path(args.output_dir) / "trees"
-    assert names(folder) == ["index.html", "step_000002.html", "step_000002.parquet", "step_000004.html",
-                             "step_000004.parquet"]  # fmt: skip
+    steps = [f"step_{step:06d}.{kind}" for step in (2, 4) for kind in ("html", "parquet")]
+    assert names(folder) == ["index.html", *steps]
     for step in (2, 4):
         records = read_trees(folder / f"step_{step:06d}.parquet")
         assert {record["step"] for record in records} == {step}
         assert {record["tree"] for record in records} == {0, 1}
-    assert capsys.readouterr().out.count(f"{len(trainer.last_trees[0].tree.prompt_ids)} tok") >= 1
+    assert len(ROOT_LINE.findall(capsys.readouterr().out)) == 2  # one a step
     assert "step_000004.html" in (folder / "index.html").read_text()
+
+
+@pytest.mark.parametrize("num_trees", [0, 1, 2])
+def test_those_with_most_to_learn_from_are_printed(model, make_args, dataset, capsys, num_trees):
+    trainer = make_trainer(model, make_args(max_steps=1), dataset)
+    trainer.train()
+    pruned, kept = sorted(trainer.last_trees, key=lambda scored: sum(scored.kept))
+    assert sum(pruned.kept) < sum(kept.kept)
+    trainer.last_trees = [pruned, kept]
+    capsys.readouterr()
+    for scored in [kept, pruned][:num_trees]:
+        print_tree(scored, make_tokenizer())
+    expected = capsys.readouterr().out
+    callback = TreeLoggingCallback(trainer, steps=1, num_trees_to_print=num_trees)
+    callback.on_step_end(trainer.args, trainer.state, trainer.control)
+    assert capsys.readouterr().out == expected
 
 
 def test_the_newest_trees_are_those_of_the_trainer(model, make_args, dataset):
@@ -74,6 +94,22 @@ def test_a_folder_that_cannot_be_written_to_costs_a_warning(model, make_args, da
         trainer.train()
     assert trainer.state.global_step == 2
     assert "The trees of step 1 could not be written to" in caplog.text
+
+
+def test_a_full_disk_costs_a_warning_and_no_half_file(model, make_args, dataset, caplog):
+    """The most bytes that a file may have stand for those that are left."""
+    trainer = make_trainer(model, make_args(max_steps=1), dataset)
+    trainer.train()
+    callback = TreeLoggingCallback(trainer, steps=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        callback.on_step_end(trainer.args, trainer.state, trainer.control)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (warning,) = [record.message for record in caplog.records if record.name == "treerpo_trl.callbacks"]
+    assert warning.startswith("The trees of step 1 could not be written to")
+    assert names(Path(trainer.args.output_dir) / "trees") == ["step_000001.parquet"]  # the page is larger
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from byte_llama import save_tiny_llama
 from conftest import CHARACTERS, EOS, PAD, coin_reward, make_tokenizer
 from datasets import Dataset
 from families import SIZES, Rows, dense
 from peft import AutoPeftModelForCausalLM, IA3Config, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_adapters import disturb, lora
-from test_train_script import RUN, run_in_process, save_tiny_llama
+from test_train_script import RUN, run_in_process
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 

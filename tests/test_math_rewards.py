@@ -1,6 +1,5 @@
 r"""The reward for MATH-style answers: golds as they stand in the data, LaTeX as people write it."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,15 +7,12 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from paper_data import find_data
 from trl.rewards import accuracy_reward
 
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-import math_rewards  # noqa: E402
-
-
-DATA = Path(os.environ.get("TREERPO_DATA", ROOT.parent / "shared" / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import math_rewards
 
 
 def score(content: str, gold: str) -> float | None:
@@ -65,6 +61,7 @@ def test_braces_are_written_once_and_change_nothing_else(text):
         (r"So it is $\boxed{\frac43}$.", r"\frac{4}{3}", 1.0),
         (r"So it is $\boxed{\frac{4}{3}}$.", r"\frac43", 1.0),
         (r"So it is $\boxed{\frac34}$.", r"\frac43", 0.0),
+        (r"So it is $\boxed{\frac{\pi}{2}}$.", r"\frac\pi 2", 1.0),
         (r"So it is $\boxed{2\sqrt5}$.", r"$\sqrt{20}$", 1.0),
         (r"So it is 7.", "7", 0.0),  # no formula, as with TRL's reward
         (r"So it is $\boxed{7}$.", "", None),
@@ -84,9 +81,7 @@ def test_extra_columns_reach_the_completions_table():
 @pytest.mark.slow
 def test_reference_solutions_of_math_are_correct():
     """All 7,500 training rows: at least 99% by this reward, which loses none that TRL's accepts."""
-    if not (DATA / "math_train.parquet").exists():
-        pytest.skip(f"no math_train.parquet in {DATA}; set TREERPO_DATA to the folder that holds it")
-    rows = Dataset.from_parquet(str(DATA / "math_train.parquet"))
+    rows = Dataset.from_parquet(find_data("math_train"))
     assert len(rows) == 7500
     completions = [[{"role": "assistant", "content": info["ground_truth_cot"]}] for info in rows["extra_info"]]
     golds = [answer["ground_truth"] for answer in rows["reward_model"]]

@@ -8,12 +8,11 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from byte_llama import make_byte_tokenizer
 from conftest import spread_reward
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from test_train_script import make_tokenizer as make_byte_tokenizer
-from test_train_script import save_tiny_llama
 from trl import GRPOTrainer
 
 from treerpo_trl import TreeRPOTrainer, model_card
@@ -22,13 +21,6 @@ from treerpo_trl.model_card import find_home, introduce, make_metadata, takes_me
 
 CHAT = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{i}?"}] for i in range(32)]})
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"], "task_type": "CAUSAL_LM"}
-
-
-@pytest.fixture(scope="module")
-def llama_path(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("tiny-llama")
-    save_tiny_llama(path)
-    return str(path)
 
 
 @pytest.fixture

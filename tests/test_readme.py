@@ -13,11 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from byte_llama import save_tiny_llama
 from conftest import free_port
 from datasets import Dataset
 from local_hub import ROOT, LocalHub
 from readme_rules import DRAWING, LANGUAGES, SHELLS, Block, check_shell, find_blocks, find_commands
-from test_train_script import save_tiny_llama
 from transformers import LlamaConfig
 
 

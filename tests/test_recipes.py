@@ -20,7 +20,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import free_port
 from datasets import load_dataset
-from test_train_script import MY_REWARDS, save_tiny_llama
+from test_train_script import MY_REWARDS
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import GRPOConfig, TrlParser
 from trl.scripts import grpo
@@ -375,13 +375,6 @@ SMALL += ["--save_steps", "2", "--report_to", "none", "--disable_tqdm", "true", 
 SMALL += ["--reward_funcs", "accuracy_reward", "my_rewards.parity_reward"]
 
 
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("tiny-llama")
-    save_tiny_llama(path)
-    return str(path)
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A folder to run in, with rows like MATH's, one of which is too long."""
@@ -414,11 +407,11 @@ def check_trained(folder: Path, model: str) -> None:
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
-def test_prepared_rows_are_those_that_treerpo_trains_on(folder, tiny_llama, capsys):
-    prepare(tiny_llama)
+def test_prepared_rows_are_those_that_treerpo_trains_on(folder, llama_path, capsys):
+    prepare(llama_path)
     assert "Wrote 8 rows with the columns prompt, solution" in capsys.readouterr().out
     prepared = load_dataset("math_prompts", split="train")
-    local = ["--dataset_name", "math.jsonl", "--model_name_or_path", tiny_llama, "--max_prompt_length", "200"]
+    local = ["--dataset_name", "math.jsonl", "--model_name_or_path", llama_path, "--max_prompt_length", "200"]
     own = train.load_data(*parse(recipe("treerpo", "1.5b"), *local), "train")
     assert prepared.column_names == ["prompt", "solution"]
     assert prepared.to_list() == own.select_columns(["prompt", "solution"]).to_list()
@@ -431,24 +424,24 @@ def test_prepare_data_needs_a_tokenizer_to_count_with(capsys):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_trls_script_trains_on_prepared_data(folder, tiny_llama, size):
-    prepare(tiny_llama)
-    arguments = ["--config", str(recipe("grpo", size)), "--model_name_or_path", tiny_llama, *SMALL]
+def test_trls_script_trains_on_prepared_data(folder, llama_path, size):
+    prepare(llama_path)
+    arguments = ["--config", str(recipe("grpo", size)), "--model_name_or_path", llama_path, *SMALL]
     grpo.main(*grpo.make_parser().parse_args_and_config(arguments))
-    check_trained(folder, tiny_llama)
+    check_trained(folder, llama_path)
 
 
 @pytest.mark.slow
-def test_launch_line_of_trls_script(folder, tiny_llama):
+def test_launch_line_of_trls_script(folder, llama_path):
     """The README's launch, under a configuration for the CPU."""
-    prepare(tiny_llama)
+    prepare(llama_path)
     (words,) = [words for words in commands(SECTION) if "trl.scripts.grpo" in words and "1.5b" in words[-1]]
     parsed = launch_command_parser().parse_args(words[2:])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
     command += ["--config_file", str(ROOT / "accelerate_configs/single_cpu.yaml"), "-m", parsed.training_script]
     option, config = parsed.training_script_args
-    command += [option, str(ROOT / config), "--model_name_or_path", tiny_llama, *SMALL]
+    command += [option, str(ROOT / config), "--model_name_or_path", llama_path, *SMALL]
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    check_trained(folder, tiny_llama)
+    check_trained(folder, llama_path)

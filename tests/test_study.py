@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import study
 import study_plan
+import study_report
 
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,13 @@ def write_run(path, final_score):
     lines[-1] |= {"final": True, "problem_scores": scores}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_summary_holds_the_diagnostics_that_were_asked_for():
+    names = ["tree/kept_groups/depth_2", "tree/advantage_abs/depth_1", "tree/trained_tokens", "tree/token_sharing",
+             "entropy", "frac_reward_zero_std", "grad_norm"]  # fmt: skip
+    assert all(map(study_report.is_diagnostic, names))
+    assert not any(map(study_report.is_diagnostic, ["loss", "tree/nodes", "tree/token_sharing_training"]))
 
 
 def write_snr(path, trees, pass_at_1):

@@ -15,9 +15,9 @@ import torch
 import yaml
 from conftest import free_port
 from datasets import Dataset
+from paper_data import find_data
 from peft import AutoPeftModelForCausalLM
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treerpo_trl import TreeRPOConfig
 
@@ -28,7 +28,6 @@ import train
 
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("TREERPO_DATA", ROOT.parent / "shared" / "data"))
 RECIPE = ROOT / "examples" / "recipes" / "treerpo_qwen2.5_math_1.5b.yaml"
 # A reward that a random model does not always miss, as it does accuracy_reward.
 MY_REWARDS = '''"""A reward of 0 or 1."""
@@ -37,10 +36,6 @@ MY_REWARDS = '''"""A reward of 0 or 1."""
 def parity_reward(completions, **kwargs):
     return [float(sum(map(ord, completion[0]["content"])) % 2) for completion in completions]
 '''
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 # A run on a CPU in seconds.
 RUN = {
     "reward_funcs": ["accuracy_reward", "my_rewards.parity_reward"],
@@ -62,50 +57,10 @@ RUN = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that nothing of a problem's text is lost."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=CHAT_TEMPLATE
-    )
-
-
-def save_tiny_llama(path: Path) -> None:
-    """A tiny random Llama: its config names no tokenizer class, so AutoTokenizer loads the one that was saved."""
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("tiny-llama")
-    save_tiny_llama(path)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def math_rows() -> Dataset:
     """Rows of the MATH training data with prompts of all lengths."""
-    if not (DATA / "math_train.parquet").exists():
-        pytest.skip(f"no math_train.parquet in {DATA}; set TREERPO_DATA to the folder that holds it")
-    rows = Dataset.from_parquet(str(DATA / "math_train.parquet"))
+    rows = Dataset.from_parquet(find_data("math_train"))
     lengths = [len(prompt[-1]["content"].encode()) for prompt in rows["prompt"]]
     by_length = sorted(range(len(rows)), key=lengths.__getitem__)
     return rows.select(by_length[:40] + by_length[-2:])
@@ -134,8 +89,8 @@ def log_history(checkpoint: Path) -> list[dict]:
     return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
 
 
-def test_tokenizer_survives_save_and_load(model_path, math_rows):
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+def test_tokenizer_survives_save_and_load(llama_path, math_rows):
+    tokenizer = AutoTokenizer.from_pretrained(llama_path)
     for prompt in math_rows["prompt"]:
         text = prompt[-1]["content"]
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -171,16 +126,16 @@ def launch(config: str, *arguments: str) -> str:
     return Path("output").read_text()
 
 
-def check_launch(config: str, folder: Path, model_path: str, rows: Dataset) -> None:
+def check_launch(config: str, folder: Path, llama_path: str, rows: Dataset) -> None:
     """A YAML file with command-line overrides, from a local parquet file to a model that loads again."""
     rows.to_parquet(folder / "math.parquet")
     (folder / "run.yaml").write_text(yaml.safe_dump({**RUN, "max_steps": 7, "dataset_name": "missing.parquet"}))
     arguments = ["--config", "run.yaml", "--dataset_name", "math.parquet", "--max_steps", "2"]
-    output = launch(config, *arguments, "--model_name_or_path", model_path, "--output_dir", "out")
+    output = launch(config, *arguments, "--model_name_or_path", llama_path, "--output_dir", "out")
     assert "Left out 2 of 42 rows" in output
     assert "Training completed" in output
 
-    before = AutoModelForCausalLM.from_pretrained(model_path).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(llama_path).state_dict()
     after = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
     assert before.keys() == after.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
@@ -192,28 +147,28 @@ def check_launch(config: str, folder: Path, model_path: str, rows: Dataset) -> N
         assert "rewards/accuracy_reward/mean" in entry and "rewards/parity_reward/mean" in entry
 
 
-def test_trains_on_math_by_accelerate_launch(folder, model_path, math_rows):
-    check_launch("single_cpu", folder, model_path, math_rows)
+def test_trains_on_math_by_accelerate_launch(folder, llama_path, math_rows):
+    check_launch("single_cpu", folder, llama_path, math_rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config", ["multi_cpu", "fsdp2_cpu", "deepspeed_zero1_cpu", "deepspeed_zero2_cpu", "deepspeed_zero3_cpu"]
 )
-def test_trains_under_every_engine(config, folder, model_path):
+def test_trains_under_every_engine(config, folder, llama_path):
     """On rows made here, so that it runs wherever the package does."""
     if config.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     problems = [f"What is {i} + {i}?" for i in range(40)] + [f"What is {'1 + ' * 100}{i}?" for i in range(2)]
     prompts = [[{"role": "user", "content": problem}] for problem in problems]
     answers = [{"ground_truth": str(2 * i)} for i in range(42)]
-    check_launch(config, folder, model_path, Dataset.from_dict({"prompt": prompts, "reward_model": answers}))
+    check_launch(config, folder, llama_path, Dataset.from_dict({"prompt": prompts, "reward_model": answers}))
 
 
-def test_trains_lora_and_resumes(folder, model_path, math_rows):
+def test_trains_lora_and_resumes(folder, llama_path, math_rows):
     """LoRA flags save an adapter that peft loads; a run goes on from a checkpoint."""
     math_rows.to_parquet(folder / "math.parquet")
-    config = {**RUN, "dataset_name": "math.parquet", "model_name_or_path": model_path, "output_dir": "out"}
+    config = {**RUN, "dataset_name": "math.parquet", "model_name_or_path": llama_path, "output_dir": "out"}
     lora = ["--use_peft", "--lora_r", "4", "--lora_alpha", "8", "--lora_target_modules", "q_proj", "v_proj"]
     run_in_process(config, *lora)
     before = log_history(folder / "out" / "checkpoint-2")
@@ -229,7 +184,7 @@ def test_trains_lora_and_resumes(folder, model_path, math_rows):
     assert all(weight.abs().max() > 0 for weight in adapter.values())
 
 
-def test_recipe_runs_on_rows_like_the_hubs(folder, model_path, math_rows):
+def test_recipe_runs_on_rows_like_the_hubs(folder, llama_path, math_rows):
     """The recipe, made small, on a folder with the columns of its dataset: problems and worked solutions."""
     rows = Dataset.from_dict(
         {
@@ -239,7 +194,7 @@ def test_recipe_runs_on_rows_like_the_hubs(folder, model_path, math_rows):
     )
     rows.to_parquet("MATH/train.parquet")
     rows.select(range(2)).to_parquet("MATH/test.parquet")
-    small = ["--dataset_name", "MATH", "--model_name_or_path", model_path, "--max_prompt_length", "200"]
+    small = ["--dataset_name", "MATH", "--model_name_or_path", llama_path, "--max_prompt_length", "200"]
     small += ["--branching_factor", "2", "--max_depth", "2", "--segment_length", "8"]
     small += ["--per_device_train_batch_size", "4", "--steps_per_generation", "2"]
     small += ["--gradient_accumulation_steps", "1", "--max_steps", "2", "--use_cpu", "--bf16", "false"]

@@ -8,9 +8,11 @@ from conftest import make_tokenizer, spread_reward
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import RepeatSampler
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.compatibility import LOSS_TYPES, MAX_COLOCATED_ROWS
+from treerpo_trl.resuming import ResumableGRPOTrainer
 
 
 SEAMS = {
@@ -48,8 +50,11 @@ def test_the_seams_of_resuming():
     for name, expected in seams.items():
         parameters = [name for name in inspect.signature(getattr(GRPOTrainer, name)).parameters if name != "self"]
         assert parameters == expected, f"GRPOTrainer.{name} now takes {parameters}"
-    for name in ("_init_training_state", "_run_epoch", "_finalize_training"):
-        assert hasattr(GRPOTrainer, name), f"transformers' Trainer.{name} is gone; resuming overrides it"
+    for name, value in vars(ResumableGRPOTrainer).items():
+        if inspect.isfunction(value) and name != "_check_reference":
+            assert hasattr(GRPOTrainer, name), f"GRPOTrainer.{name} is gone; what it put back would be lost"
+    for name in ("shuffle", "num_samples", "generator"):
+        assert f"self.{name} = " in inspect.getsource(RepeatSampler), f"TRL's sampler no longer has {name}"
     source = inspect.getsource(Trainer._save_checkpoint)
     parts = ["self.save_model(", "self._save_rng_state(", "self.state.save_to_json(", "rotate_checkpoints("]
     places = [source.find(part) for part in parts]

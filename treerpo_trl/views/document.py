@@ -27,9 +27,10 @@ def render_document(template: str, styles: Sequence[str], scripts: Sequence[str]
     reach nothing, and keeps scripts from making markup out of text.
 
     Args:
-        template: Name of the file among the assets; `{{name}}` stands for what fills it.
+        template: Name of the file among the assets that holds the body; `{{name}}` stands for what fills it.
         styles, scripts: Names of files among the assets, put together in this order. `theme.js` comes by itself.
-        slots: HTML for each further `{{name}}` of the template, escaped where it comes from data.
+        slots: HTML for each further slot of the body and of `head.html` (`name` and `title`), escaped where it comes
+            from data.
     """
     style = "".join(map(read_asset, styles))
     theme = read_asset("theme.js")
@@ -48,7 +49,7 @@ def render_document(template: str, styles: Sequence[str], scripts: Sequence[str]
     )
     filled = {"policy": policy, "icon": ICON, "style": style, "theme": theme, "script": script, **slots}
     # In one pass, so that what fills a slot is never searched for slots.
-    return SLOT.sub(lambda match: filled[match[1]], read_asset(template))
+    return SLOT.sub(lambda match: filled[match[1]], read_asset("head.html") + read_asset(template))
 
 
 def read_asset(name: str) -> str:

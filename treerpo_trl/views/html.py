@@ -52,7 +52,7 @@ def render_page(records: Sequence[Record], *, title: str, max_trees: int | None 
         styles=("base.css", "page.css"),
         scripts=SCRIPTS,
         slots={
-            "heading": f"Step {steps[0]:,}" if steps else "No trees",
+            "name": f"Step {steps[0]:,}" if steps else "No trees",
             "title": escape(title),
             "numbers": _numbers(summary, len(shown)),
             "step": script_json(

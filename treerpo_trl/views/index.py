@@ -103,6 +103,7 @@ def _write_index(folder: Path, summaries: Mapping[int, Summary]) -> Path:
         styles=("base.css", "index.css"),
         scripts=(),
         slots={
+            "name": "Trees",
             "title": escape(run_name(folder)),
             "charts": "".join(_chart(name, summaries, *chart) for name, chart in CHARTS.items()),
             "rows": "\n".join(rows),
