@@ -138,7 +138,7 @@ def test_group_std_is_trls():
     assert group_std(values) == pytest.approx(expected.tolist())
 
 
-@pytest.mark.parametrize("estimator", UNIT_INTERVAL_ESTIMATORS)
+@pytest.mark.parametrize("estimator", sorted(UNIT_INTERVAL_ESTIMATORS))
 @pytest.mark.parametrize("value", [0.0, 1.0, 1 + 1e-7, -1e-7])
 def test_equal_values_at_the_ends_of_the_interval_give_zero(estimator, value):
     assert ESTIMATORS[estimator]([value] * 3) == [0.0] * 3
@@ -156,7 +156,7 @@ def test_kept_is_decided_by_group(forest, rewards, threshold):
         assert all(kept or advantage == 0 for kept, advantage in zip(scored.kept, scored.advantages, strict=True))
 
 
-@pytest.mark.parametrize("estimator", UNIT_INTERVAL_ESTIMATORS)
+@pytest.mark.parametrize("estimator", sorted(UNIT_INTERVAL_ESTIMATORS))
 @pytest.mark.parametrize("reward", [-0.5, 1.5])
 def test_rewards_outside_the_interval_name_the_value_and_the_fix(estimator, reward):
     tree = tree_of(2, 2)

@@ -9,13 +9,15 @@ order of the data in later epochs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from datasets import IterableDataset
 from torch import Tensor
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOTrainer
 
 from .checkpoints import (
@@ -33,6 +35,7 @@ from .checkpoints import (
     seal,
 )
 from .credit import ScoredTree
+from .locking import claim
 from .tree import Node, Tree
 
 
@@ -49,6 +52,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
         Raises:
             ValueError: There is no complete checkpoint, or the one given is not complete or does not fit the run.
+            RuntimeError: Another run is training in `output_dir`.
         """
         checkpoint = choose_checkpoint(resume_from_checkpoint, self.args.output_dir)
         self._pending, self._epochs_done, self._goes_on_exactly = checkpoint, 0, False
@@ -59,7 +63,20 @@ class ResumableGRPOTrainer(GRPOTrainer):
             if self.args.should_save:  # upstream writes it last of all, and `state_N` holds the same
                 drop_unreadable(checkpoint, "entropy_ctrl_state.json")
             self.accelerator.wait_for_everyone()
-        return super().train(checkpoint, *args, **kwargs)
+        self.callback_handler.callbacks = [
+            StepEndCheckpoint(callback.jit_manager) if type(callback) is JITCheckpointCallback else callback
+            for callback in self.callback_handler.callbacks
+        ]
+        with claim(self.args.output_dir) if self.accelerator.is_main_process else nullcontext():
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream, which pickles the arguments, but without the token in them: the files may be published."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args.hub_token = token
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As upstream's, into an empty folder."""
@@ -136,6 +153,32 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 f"{checkpoint} holds the moving reference model (sync_ref_model=True) in {saved} shards, but there "
                 f"are {now} processes; use {saved}, or start from its weights: model='{checkpoint}'"
             )
+
+
+class StepEndCheckpoint(JITCheckpointCallback):
+    """Upstream's answer to SIGTERM (`enable_jit_checkpoint`) at the end of the step, by all processes together.
+
+    Upstream's saves amid a step, too, whose trees a run that goes on would not have, and each process for itself.
+
+    Args:
+        jit_manager: What upstream has set up; it notes the signal and makes the checkpoint.
+    """
+
+    def __init__(self, jit_manager: Any):
+        super().__init__()
+        self.jit_manager = jit_manager
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Not here."""
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Not here."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Where any process was told to end, all save and end."""
+        manager = self.jit_manager
+        manager.is_checkpoint_requested = any(gather_object([manager.is_checkpoint_requested]))
+        super().on_step_end(*args, **kwargs)
 
 
 def settings_of(trainer: Any) -> dict[str, Any]:

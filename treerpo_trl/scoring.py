@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from trl.trainer.utils import get_callable_name, is_async_callable
+
+
+LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def score_once(reward_func: Callable[..., Any], rows: DistinctRows) -> Callable[
 
     Raises (when called):
         ValueError: The rewards, or the values of a logged column, are not as many as the trajectories.
-        TypeError: A reward is not a number.
+        TypeError: The rewards are no list, or one of them is not a number.
     """
     if isinstance(reward_func, nn.Module):
         return _ScoreOnceModel(reward_func, rows)
@@ -130,26 +133,39 @@ def _select_kwargs(rows: DistinctRows, name: str, kwargs: dict[str, Any]) -> dic
 
 
 def _checked(name: str, rewards: Any, rows: DistinctRows) -> list[float | None]:
-    rewards = rewards.tolist() if isinstance(rewards, Tensor) else list(rewards)
+    rewards = rewards.tolist() if isinstance(rewards, Tensor) else rewards
+    if not isinstance(rewards, Iterable) or isinstance(rewards, str | Mapping | Set):
+        raise TypeError(
+            f"The reward function '{name}' returned a {type(rewards).__name__}; return a list with one number, or "
+            "None to skip the completion, for each completion"
+        )
+    rewards = list(rewards)
     if len(rewards) != len(rows.first):
         raise ValueError(
             f"The reward function '{name}' returned {len(rewards)} rewards, but {len(rows.first)} were expected (one "
             "per distinct completion). Make sure the reward function returns exactly one reward per completion."
         )
     for index, reward in enumerate(rewards):
-        try:
-            is_usable = reward is None or not math.isinf(reward)
-        except TypeError as error:
-            raise TypeError(
-                f"The reward function '{name}' returned {reward!r} for completion {index}; return a number, or None "
-                "to skip the completion"
-            ) from error
-        if not is_usable:
-            raise ValueError(
-                f"The reward function '{name}' returned {reward} for completion {index}; return a finite number, or "
-                "None to skip the completion"
-            )
+        _check_reward(name, reward, index)
     return rewards
+
+
+def _check_reward(name: str, reward: Any, index: int) -> None:
+    """Refuse what is no number, and what is none in the single precision that rewards are kept in."""
+    try:
+        is_too_large = reward is not None and math.fabs(reward) > LARGEST_REWARD  # NaN, as in TRL, stands for None
+    except TypeError as error:
+        raise TypeError(
+            f"The reward function '{name}' returned {reward!r} for completion {index}; return a number, or None to "
+            "skip the completion"
+        ) from error
+    except OverflowError:
+        is_too_large = True
+    if is_too_large:
+        raise ValueError(
+            f"The reward function '{name}' returned {str(reward)[:40]} for completion {index}; return a finite number "
+            f"(of single precision, up to {LARGEST_REWARD:.2g}), or None to skip the completion"
+        )
 
 
 class _ScoreOnceModel(nn.Module):

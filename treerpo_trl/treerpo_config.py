@@ -205,8 +205,12 @@ class TreeRPOConfig(GRPOConfig):
 
     def _derive_tree(self) -> None:
         """Resolve branching_factor, max_depth, segment_length, num_generations and max_completion_length."""
-        given = self.branching_factor
-        branching = [given] if isinstance(given, int) else list(given)
+        given: Any = self.branching_factor
+        branching = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        if not branching or not all(type(number) is int for number in branching):
+            raise TypeError(
+                f"branching_factor is {given!r}; give a whole number, or a list with one for each depth of the tree"
+            )
         if self.max_depth is None:
             self.max_depth = len(branching) if len(branching) > 1 else DEFAULT_MAX_DEPTH
         if self.max_depth < 1:

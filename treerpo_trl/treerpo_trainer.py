@@ -23,6 +23,7 @@ from .callbacks import TreeLoggingCallback
 from .credit import ScoredTree, assign
 from .metrics import Metrics, pool, step_metrics, tree_metrics
 from .model_card import write_model_card
+from .numerics import GradientGuard
 from .prefix_sharing import PrefixSharing
 from .resuming import ResumableGRPOTrainer
 from .rows import LOSS_WEIGHTINGS, lay_out, project, shuffle_micro_batches, slots
@@ -37,7 +38,7 @@ from .validation import (
     check_engine,
     check_processing_class,
     check_prompt_lengths,
-    check_prompts_fit,
+    check_prompts,
 )
 
 
@@ -158,6 +159,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         self._can_fork_caches = True
         self._rewards = RowRewards([], [], {})
         self._phase_timer = PhaseTimer(self.accelerator.device)
+        self._gradient_guard = GradientGuard(self.accelerator)
         contexts = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         if self.use_vllm:
             contexts.append(find_context_length(self.vllm_generation))
@@ -171,7 +173,8 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None
         if args.log_trees:
             self.add_callback(TreeLoggingCallback(self, args.log_trees_steps, args.num_trees_to_print))
-        check_prompts_fit(train_dataset, self._tokenize_prompts, self._max_prompt_length, config.max_completion_length)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_prompts(name, dataset, self._tokenize_prompts, self._max_prompt_length, config.max_completion_length)
 
     @timed("sampling")
     def _generate_single_turn(
@@ -326,6 +329,13 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         if self._step % self.current_gradient_accumulation_steps == 0:
             self._log_pooled(step_metrics(self._phase_timer.take(), *self._prefix_sharing.take_token_counts()))
         return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's, which is asked for just before the update: one that would ruin the weights is skipped."""
+        grad_norm = super()._get_grad_norm(*args, **kwargs)
+        is_skipped = self._gradient_guard.check(grad_norm, self.model_wrapped, self.state.global_step + 1)
+        self._metrics["train"]["skipped_updates"].append(float(is_skipped))
+        return grad_norm
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Shuffle whole micro-batches: TRL's shuffle of rows would scatter a tree over them."""

@@ -39,11 +39,20 @@ def check_arguments(args: Any, processing_class: Any, tools: Any, rollout_func: 
 
 
 def check_processing_class(processing_class: Any) -> None:
-    """Refuse a multimodal processor, given or loaded with the model."""
+    """Refuse a processor, given or loaded with the model, that trees cannot use.
+
+    Raises:
+        ValueError: It is multimodal, or has no end-of-sequence token.
+    """
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             f"processing_class is a {type(processing_class).__name__}, but TreeRPOTrainer does not support images "
             "yet; pass its tokenizer (processor.tokenizer) and a text-only dataset"
+        )
+    if processing_class is not None and processing_class.eos_token_id is None:
+        raise ValueError(
+            f"the {type(processing_class).__name__} has no end-of-sequence token, so no completion could end; set its "
+            "eos_token"
         )
 
 
@@ -68,57 +77,85 @@ def check_engine(accelerator: Any) -> None:
 
 
 def check_dataset(dataset: Any, prompts_per_batch: int) -> None:
-    """Refuse a dataset that would train nothing, or that trees cannot use. Streams are checked for their columns only.
+    """Refuse training data that would train nothing, or that trees cannot use. Of a stream, the first rows are read.
 
     Raises:
         ValueError: The dataset is missing, has too few rows, no `prompt` column, or images.
     """
     if dataset is None:
         raise ValueError("train_dataset is None; pass a dataset with a 'prompt' column")
-    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
-    if isinstance(dataset, Dataset) and len(dataset) < prompts_per_batch:
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return  # TRL says which kinds it takes
+    rows = list(dataset.take(prompts_per_batch)) if isinstance(dataset, IterableDataset) else dataset
+    if len(rows) < prompts_per_batch:
         raise ValueError(
-            f"train_dataset has {len(dataset)} rows, but one generation batch takes {prompts_per_batch} prompts "
+            f"train_dataset has {len(rows)} rows, but one generation batch takes {prompts_per_batch} prompts "
             "(generation_batch_size / num_generations), so nothing would be trained. Use more rows, or a smaller "
             "per_device_train_batch_size, steps_per_generation or tree"
         )
-    if columns is None:
-        return
-    if "prompt" not in columns:
-        raise ValueError(f"train_dataset has the columns {columns}, but no 'prompt'; rename the one that holds it")
+    columns = dataset.column_names or list(rows[0])
+    _check_has_prompts("train_dataset", columns)
     for name in IMAGE_COLUMNS:
         if name in columns:
             raise ValueError(
                 f"train_dataset has the column '{name}', but TreeRPOTrainer does not support images yet; remove it"
             )
+    if isinstance(rows, list):
+        for index, row in enumerate(rows):
+            _check_prompt(f"train_dataset[{index}]['prompt']", row["prompt"])
 
 
-def check_prompts_fit(
+def check_prompts(
+    name: str,
     dataset: Any,
     tokenize: Callable[[list[Any]], tuple[list[list[int]], Any, Any]],
     max_prompt_length: int | None,
     max_completion_length: int,
 ) -> None:
-    """Check the prompts of a dataset against the model's context, tokenizing only those that might not fit.
+    """Check each prompt of a dataset, or of each in a dict of datasets: that it is one, and fits the model's context.
 
     A tokenizer makes at most one token of a byte, so a prompt of few bytes need not be tokenized. Streams are checked
     batch by batch while they train.
 
     Raises:
-        ValueError: A prompt does not fit, or none could: the completion alone fills the context.
+        ValueError: Something is no prompt, or does not fit, or no prompt could: the completion alone fills the
+            context.
     """
     if max_prompt_length is not None and max_prompt_length < 1:
         raise ValueError(
             f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's context of "
             f"{max_prompt_length + max_completion_length} tokens; lower segment_length or max_depth"
         )
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_prompts(f"{name}['{key}']", part, tokenize, max_prompt_length, max_completion_length)
     if not isinstance(dataset, Dataset):
         return
-    for prompt in dataset["prompt"]:
+    _check_has_prompts(name, dataset.column_names)
+    for row, prompt in enumerate(dataset["prompt"]):
+        _check_prompt(f"{name}[{row}]['prompt']", prompt)
         messages = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
-        num_bytes = sum(len(message.encode()) for message in messages)
+        num_bytes = sum(len(message.encode(errors="replace")) for message in messages)
         if num_bytes == 0 or (max_prompt_length is not None and num_bytes + TEMPLATE_MARGIN > max_prompt_length):
             check_prompt_lengths(tokenize([prompt])[0], max_prompt_length, max_completion_length)
+
+
+def _check_has_prompts(name: str, columns: Sequence[str]) -> None:
+    if "prompt" not in columns:
+        raise ValueError(f"{name} has the columns {columns}, but no 'prompt'; rename the one that holds it")
+
+
+def _check_prompt(place: str, prompt: Any) -> None:
+    if isinstance(prompt, str):
+        return
+    is_messages = isinstance(prompt, list) and all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt
+    )
+    if not is_messages or not prompt:
+        raise ValueError(
+            f"{place} is {repr(prompt)[:80]}; a prompt is a text, or a list of messages with a 'role' and a "
+            "'content' each. Remove this row, or convert it"
+        )
 
 
 def check_prompt_lengths(

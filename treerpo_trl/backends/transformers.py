@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,13 +171,14 @@ class TransformersBackend:
             arguments["stopping_criteria"] = StoppingCriteriaList([watcher])
         generation_config = copy.deepcopy(self.generation_config)
         generation_config.max_new_tokens = max_tokens
-        output = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=generation_config,
-            synced_gpus=self.synced_gpus,
-            **arguments,
-        )
+        with _explain_nan():
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=generation_config,
+                synced_gpus=self.synced_gpus,
+                **arguments,
+            )
         drawn = self._cut(output[:, input_ids.size(1) :], watcher)
         alive = [row for row, segment in enumerate(drawn) if not segment.ended]
         if is_last or not alive:
@@ -224,6 +226,20 @@ class TransformersBackend:
             Segment(tuple(ids[:length]), has_ended)
             for ids, length, has_ended in zip(drawn_ids.tolist(), lengths, ended, strict=True)
         ]
+
+
+@contextmanager
+def _explain_nan() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):  # torch.multinomial's
+            raise
+        raise FloatingPointError(
+            "the model's probabilities of the next token are not finite, so none can be drawn: its weights, or what "
+            "comes of them in this precision, are inf or NaN. Go on from an earlier checkpoint, lower the learning "
+            "rate, or use a dtype of more range"
+        ) from error
 
 
 class _StopStringWatcher(StoppingCriteria):
