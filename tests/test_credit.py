@@ -1,6 +1,7 @@
 """The paper's numbers, and laws of back-up, pruning and the estimators."""
 
 import math
+from dataclasses import FrozenInstanceError, fields
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,16 @@ from conftest import RandomBackend, forests, leaf_rewards
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from treerpo_trl.credit import ESTIMATORS, UNIT_INTERVAL_ESTIMATORS, assign, back_up, centered, group_std, is_kept
+from treerpo_trl.credit import (
+    ESTIMATORS,
+    ROUNDING,
+    UNIT_INTERVAL_ESTIMATORS,
+    assign,
+    back_up,
+    centered,
+    group_std,
+    is_kept,
+)
 from treerpo_trl.sampling import TreeShape, grow
 from treerpo_trl.tree import NO_PARENT, ROOT, Segment, Tree
 
@@ -144,6 +154,20 @@ def test_equal_values_at_the_ends_of_the_interval_give_zero(estimator, value):
     assert ESTIMATORS[estimator]([value] * 3) == [0.0] * 3
 
 
+@pytest.mark.parametrize("estimator", sorted(UNIT_INTERVAL_ESTIMATORS))
+def test_values_beyond_the_ends_of_the_interval_count_as_the_ends(estimator):
+    assert ESTIMATORS[estimator]([1 + ROUNDING, 0.25, -ROUNDING]) == ESTIMATORS[estimator]([1.0, 0.25, 0.0])
+
+
+def test_the_defaults_are_the_papers():
+    """Eq. 4, and tau = 0.1: a range of 0.15 is kept, one of 0.05 is not."""
+    tree = tree_of(2, 2)
+    rewards = leaf_rewards(tree, [0.5, 0.65, 0.5, 0.55])
+    scored = assign(tree, rewards)
+    assert scored == assign(tree, rewards, "treerpo", 0.1)
+    assert scored.kept[3:] == (True, True, False, False)
+
+
 @given(forests(), some_rewards, st.one_of(st.none(), st.floats(-0.1, 1)))
 def test_kept_is_decided_by_group(forest, rewards, threshold):
     for tree in forest[1]:
@@ -157,12 +181,25 @@ def test_kept_is_decided_by_group(forest, rewards, threshold):
 
 
 @pytest.mark.parametrize("estimator", sorted(UNIT_INTERVAL_ESTIMATORS))
-@pytest.mark.parametrize("reward", [-0.5, 1.5])
+@pytest.mark.parametrize("reward", [-0.5, 1.5, -1.5e-6, 1 + 1.5e-6])
 def test_rewards_outside_the_interval_name_the_value_and_the_fix(estimator, reward):
     tree = tree_of(2, 2)
     with pytest.raises(ValueError, match=rf"is {reward}, but advantage_estimator='{estimator}'.*'group_std'"):
         assign(tree, leaf_rewards(tree, [0.5, reward]), estimator)
     assign(tree, leaf_rewards(tree, [0.5, reward]), "centered")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_rewards_that_rounding_puts_outside_the_interval_are_taken(estimator):
+    tree = tree_of(2, 2)
+    assert all(assign(tree, leaf_rewards(tree, [-ROUNDING, 1 + ROUNDING]), estimator).kept[3:])
+
+
+def test_an_estimator_must_give_one_advantage_to_each_value(monkeypatch):
+    tree = tree_of(2, 2)
+    monkeypatch.setitem(ESTIMATORS, "short", lambda values: values[1:])
+    with pytest.raises(ValueError, match="shorter"):
+        assign(tree, leaf_rewards(tree, [0.0, 1.0]), "short")
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf")])
@@ -186,3 +223,11 @@ def test_depth_one_is_a_flat_group(num_children, seed, rewards):
     scored = assign(tree, leaf_rewards(tree, rewards), "group_std", prune_threshold=None)
     flat = [rewards[i % len(rewards)] for i in range(num_children)]
     assert scored.advantages[1:] == pytest.approx(group_std(flat))
+
+
+def test_a_scored_tree_is_immutable():
+    tree = tree_of(2, 2)
+    scored = assign(tree, leaf_rewards(tree, [0.0, 1.0]))
+    for each in fields(scored):
+        with pytest.raises(FrozenInstanceError):
+            setattr(scored, each.name, None)

@@ -1,6 +1,7 @@
 """Laws of slots and ownership: a tree as the rows of a TRL batch."""
 
 import random
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treerpo_trl.credit import assign
-from treerpo_trl.rows import LOSS_WEIGHTINGS, NO_NODE, lay_out, project, slots
+from treerpo_trl.rows import LOSS_WEIGHTINGS, NO_NODE, lay_out, project, shuffle_micro_batches, slots
 from treerpo_trl.sampling import grow
 from treerpo_trl.tree import ROOT, Segment, Tree
 
@@ -38,8 +39,8 @@ def test_golden_layout():
 
 
 def test_golden_projection_and_weights():
-    node_BT = torch.tensor([[1, 1, 2, NO_NODE]])
-    assert project(node_BT, torch.tensor([9.0, 0.5, -1.0])).tolist() == [[0.5, 0.5, -1.0, 0.0]]
+    node_BT = torch.tensor([[0, 1, 1, 2, NO_NODE]])
+    assert project(node_BT, torch.tensor([9.0, 0.5, -1.0])).tolist() == [[9.0, 0.5, 0.5, -1.0, 0.0]]
     assert LOSS_WEIGHTINGS["token"](example_tree(), 3) == [1, 1, 1, 1, 1]
     assert LOSS_WEIGHTINGS["node"](example_tree(), 3) == [0, 1.5, 1, 3, 1.5]
 
@@ -109,3 +110,41 @@ def test_node_weights_sum_to_the_same_for_every_node(forest):
         for node, weight in list(zip(tree.nodes, weights, strict=True))[1:]:
             assert weight * len(node.token_ids) == pytest.approx(shape.segment_length)
             assert weight >= 1
+
+
+def test_a_layout_is_immutable():
+    layout = lay_out([example_tree()], (2, 2), width=6)
+    for each in fields(layout):
+        with pytest.raises(FrozenInstanceError):
+            setattr(layout, each.name, None)
+
+
+def shuffled_micro_batches(count: int, size: int) -> list[dict]:
+    """Rows 0, 1, 2 .. in any order, with what a batch holds beside them."""
+    order = torch.randperm(count * size)
+    columns = {"row": order, "ids": torch.stack([order, order + 1], dim=1)}
+    return [
+        {name: column[start : start + size] for name, column in columns.items()}
+        | {"num_items": torch.tensor(7.0), "images": None}
+        for start in range(0, count * size, size)
+    ]
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
+def test_shuffling_micro_batches_puts_rows_back_in_order(count, size, seed):
+    """Each micro-batch holds neighbours again; together they hold every row once, in all columns."""
+    torch.manual_seed(seed)
+    batches = shuffle_micro_batches(shuffled_micro_batches(count, size))
+    rows = [batch["row"].tolist() for batch in batches]
+    assert sorted(rows) == [list(range(start, start + size)) for start in range(0, count * size, size)]
+    for batch in batches:
+        assert batch["ids"].tolist() == [[row, row + 1] for row in batch["row"].tolist()]
+        assert batch["num_items"] == 7
+        assert batch["images"] is None
+
+
+def test_shuffling_micro_batches_gives_them_any_order():
+    torch.manual_seed(0)
+    firsts = [[batch["row"][0].item() for batch in shuffle_micro_batches(shuffled_micro_batches(3, 2))]
+              for _ in range(100)]  # fmt: skip
+    assert len(set(map(tuple, firsts))) == 6

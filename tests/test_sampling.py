@@ -1,5 +1,8 @@
 """Laws of growth: who branches, how wide and how long."""
 
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
 from conftest import RandomBackend, forests, shapes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,3 +57,21 @@ def test_the_backend_is_asked_once_a_depth_even_when_all_paths_have_ended():
     backend = Counting(0, end_probability=1.0)
     grow([[1], [2]], TreeShape((2, 2, 2), 3, 9), backend)
     assert backend.calls == [2, 0, 0]
+
+
+def test_a_backend_must_draw_for_every_branch():
+    class Forgetful(RandomBackend):
+        def extend(self, *args):
+            return super().extend(*args)[1:]
+
+    with pytest.raises(ValueError, match="shorter"):
+        grow([[1], [2]], TreeShape((2, 2), 3, 6), Forgetful(0, end_probability=0.0))
+
+
+def test_shapes_and_waves_are_immutable():
+    shape = TreeShape((2, 3), 4, 8)
+    for data in (shape, plan_wave([], shape, depth=1)):
+        assert not hasattr(data, "__dict__")  # there is no room for other fields either
+        for each in fields(data):
+            with pytest.raises(FrozenInstanceError):
+                setattr(data, each.name, None)
