@@ -2,11 +2,13 @@
 #   PYTHON  the interpreter the environment is made with (default: python3)
 #   VENV    where the environment lives                  (default: .venv)
 #   ARGS    handed on to the command of quickstart, test and test-vllm
+#   JOBS    how many processes run the tests             (default: 2; 0 runs them in one, as pdb needs it)
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,7 +24,7 @@ SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 .PHONY: help install quickstart test test-vllm lint clean
 
 help:  ## Show this list
-	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3] [VENV=.venv]'
+	@echo 'usage: make TARGET [ARGS="..."] [JOBS=2] [PYTHON=python3] [VENV=.venv]'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
 install: $(STAMP)  ## Make the virtual environment and install the package with its tested dependencies
@@ -31,7 +33,7 @@ quickstart: $(STAMP)  ## Run the quickstart on one CPU process, e.g. make quicks
 	$(BIN)/accelerate launch --config_file accelerate_configs/single_cpu.yaml examples/quickstart.py $(ARGS)
 
 test: $(STAMP)  ## Run the tests, e.g. make test ARGS="-k tree"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-vllm: $(VLLM_STAMP)  ## Run the tests of vLLM, on the CPU, in an environment of its own
 	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) $(ARGS)

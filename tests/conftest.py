@@ -25,9 +25,15 @@ settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get
 settings.load_profile("here")
 
 # A process that is killed while it compiles leaves a lock, for which every later one waits for ever. So what DeepSpeed
-# compiles is not shared with other runs.
-_extensions = tempfile.TemporaryDirectory(prefix="torch-extensions-")
-os.environ["TORCH_EXTENSIONS_DIR"] = _extensions.name
+# compiles is shared with the processes that the tests start, and with no other run of the tests.
+if "TORCH_EXTENSIONS_DIR" not in os.environ:
+    _extensions = tempfile.TemporaryDirectory(prefix="torch-extensions-")
+    os.environ["TORCH_EXTENSIONS_DIR"] = _extensions.name
+
+# Test processes side by side, and what they start, take a core each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 CHARACTERS = "0123456789+-=\n abcdefgh"
 PAD, EOS = 0, 1
