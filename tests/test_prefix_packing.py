@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treerpo_trl.prefix_sharing import pack_rows
-from treerpo_trl.prefix_sharing.attention import tree_attention
+from treerpo_trl.prefix_sharing.attention import _Take, tree_attention
+from treerpo_trl.prefix_sharing.layout import Group
+from treerpo_trl.prefix_sharing.packing import _gather
 
 
 rows_of = st.builds(
@@ -88,6 +90,75 @@ def test_a_window_hides_what_is_further_back(rows, window):
     positions = packed.position_ids[0]
     near = positions[:, None] - positions[None, :] < window
     assert torch.equal(visible(packed, window), visible(packed) & near)
+
+
+def random_states(packed, num_heads):
+    """(1, H, S, E) in double precision."""
+    return torch.randn(1, num_heads, packed.input_ids.size(1), 4, dtype=torch.float64)
+
+
+windows = st.none() | st.integers(1, 12)
+softcaps = st.none() | st.floats(0.5, 9)
+
+
+@given(rows_of, windows, softcaps, st.none() | st.floats(0.1, 2))
+def test_attention_is_plain_attention_over_what_is_visible(rows, window, softcap, scaling):
+    packed = pack(rows)
+    query, key, value = random_states(packed, 4), random_states(packed, 2), random_states(packed, 2)
+    module = SimpleNamespace(config=SimpleNamespace())
+    output = tree_attention(
+        module, query, key, value, packed.layout, scaling=scaling, softcap=softcap, sliding_window=window
+    )
+    scores = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) * (4**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    weights = scores.masked_fill(~visible(packed, window), -torch.inf).softmax(-1)
+    expected = (weights @ value.repeat_interleave(2, dim=1)).transpose(1, 2)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 2}, {"softcap": 2.0}])
+def test_attention_drops_its_weights(num_rows, options):
+    """All of them, with probability 1; and none by default."""
+    packed = pack(pad_rows([[5, 6]] * num_rows, [[7, 8], [7, 9, 2], [3, 4]][:num_rows], NEEDED["all"]))
+    states, module = random_states(packed, 2), SimpleNamespace(config=SimpleNamespace())
+    assert (tree_attention(module, states, states, states, packed.layout, dropout=1.0, **options) == 0).all()
+    outputs = [tree_attention(module, states, states, states, packed.layout, **options) for _ in range(2)]
+    assert torch.equal(*outputs)
+
+
+def test_attention_with_sinks_is_refused():
+    packed = pack(pad_rows([[5, 6]], [[7, 8]], NEEDED["all"]))
+    states, module = random_states(packed, 2), SimpleNamespace(config=SimpleNamespace())
+    with pytest.raises(ValueError, match="SimpleNamespace has attention sinks"):
+        tree_attention(module, states, states, states, packed.layout, s_aux=torch.zeros(2))
+
+
+class Elsewhere(torch.Tensor):
+    """Says that it is on another device than a CPU."""
+
+    device = torch.device("meta")
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere])
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=20))
+def test_the_gradient_of_taken_states_is_that_of_index_select(kind, positions):
+    gather = _gather(torch.tensor(positions), torch.device("cpu"))
+    states = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(2, len(positions), 3, dtype=torch.float64)
+    taken = states.index_select(1, torch.tensor(positions))
+    assert torch.equal(_Take.apply(states, gather), taken)
+    taken.backward(gradient)
+    context = SimpleNamespace(gather=gather, num_positions=7)
+    actual, _ = _Take.backward(context, gradient.as_subclass(kind))
+    torch.testing.assert_close(actual.as_subclass(torch.Tensor), states.grad)
+
+
+@pytest.mark.parametrize("lengths", [(2, 2), (2, 1)])
+def test_masks_are_made_where_the_queries_are(lengths):
+    mask = Group(lengths, (3, 3)).mask(None, 1, torch.device("meta"))
+    assert mask.is_meta
 
 
 @given(rows_of)

@@ -3,6 +3,7 @@
 import json
 import warnings
 from contextlib import nullcontext
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from families import (
     OTHERS,
     SIZES,
     VOCABULARY,
+    Rows,
     dense,
     full_tree_rows,
     make_model,
@@ -25,7 +27,7 @@ from families import (
 from peft import LoraConfig, PromptTuningConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlavaConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from trl.trainer.utils import add_fused_lm_head
 
@@ -38,6 +40,7 @@ from treerpo_trl.prefix_sharing import (
     pack_rows,
     unsupported_reason,
 )
+from treerpo_trl.prefix_sharing.support import has_low_precision
 
 
 EXACT = 1e-5  # absolute on log-probabilities and entropies, relative to a parameter's largest gradient
@@ -164,6 +167,18 @@ def test_layers_derived_elsewhere_keep_their_eager_attention():
     assert_exact(packed, model, rows)
 
 
+def test_a_layer_that_makes_its_own_mask_is_an_error():
+    model, rows = shared_model("qwen2"), random_rows(3)
+
+    def add_mask(module, args, kwargs):
+        size = kwargs["hidden_states"].size(1)
+        return args, kwargs | {"attention_mask": torch.zeros(1, 1, size, size)}
+
+    model.model.layers[1].self_attn.register_forward_pre_hook(add_mask, with_kwargs=True)
+    with pytest.raises(ValueError, match="Qwen2Attention makes a mask of its own"):
+        shared(model, rows)
+
+
 def test_dense_rows_of_an_installed_model_are_untouched():
     packed, model, rows = shared_model("gemma3"), make_model("gemma3"), random_rows(3)
     assert torch.equal(dense(packed, rows).log_probs, dense(model, rows).log_probs)
@@ -281,6 +296,12 @@ def accelerator():
     )  # fmt: skip
 
 
+def prefix_sharing(mode="auto", models=None, **attributes):
+    """A PrefixSharing of one model, or several, with an accelerator of other attributes."""
+    mocked = SimpleNamespace(**{**vars(accelerator()), **attributes})
+    return PrefixSharing(mode, [make_model("qwen2").eval()] if models is None else models, mocked)
+
+
 def first_batch():
     """One row of many tokens: TRL's (B, L), of which the first row is looked at."""
     return torch.randint(2, 24, (1, 30), generator=torch.Generator().manual_seed(0))
@@ -335,6 +356,90 @@ def test_a_model_that_fails_on_packed_rows_falls_back():
     model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
     with pytest.warns(UserWarning, match="dense rows.*unexpected shape"):
         assert not sharing.can_share(model, first_batch())
+
+
+def test_warnings_point_to_the_caller():
+    for model in (make_model("bloom"), make_model("opt").eval()):  # refused at once, and by the check
+        with pytest.warns(UserWarning, match="dense rows") as caught:
+            PrefixSharing("auto", [model], accelerator()).can_share(model, first_batch())
+        assert caught[0].filename == __file__
+
+
+def test_one_model_that_cannot_share_keeps_all_from_it():
+    policy, reference = make_model("qwen2"), make_model("bloom")
+    with pytest.warns(UserWarning, match="Bloom") as caught:
+        sharing = prefix_sharing(models=[reference, policy, reference])
+    assert len(caught) == 1
+    assert not sharing.is_active
+    assert policy.config._attn_implementation == "sdpa"
+
+
+def test_only_the_main_process_warns():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not prefix_sharing(models=[make_model("bloom")], is_main_process=False).is_active
+
+
+def fake_difference(monkeypatch, difference):
+    """Let the check measure this. Returns what it was asked for."""
+    calls = []
+
+    def find(model, vocabulary_size, device):
+        calls.append((model.training, vocabulary_size, device))
+        return difference
+
+    monkeypatch.setattr("treerpo_trl.prefix_sharing.sharing.find_difference", find)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"),
+    [
+        ("no", torch.float32, 1e-3),
+        ("bf16", torch.float32, 0.25),
+        ("fp16", torch.float32, 0.25),
+        ("no", torch.bfloat16, 0.25),
+    ],
+)
+def test_the_check_tolerates_what_rounding_explains(monkeypatch, precision, dtype, tolerance):
+    model = make_model("qwen2", dtype).eval()
+    for difference, is_tolerated in [(0, True), (0.9 * tolerance, True), (1.1 * tolerance, False)]:
+        fake_difference(monkeypatch, difference)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sharing = prefix_sharing(models=[model], mixed_precision=precision)
+            assert sharing.can_share(model, first_batch()) == is_tolerated
+        assert is_tolerated or f"differ by up to {difference:.2g}" in str(caught[-1].message)
+
+
+def test_log_probabilities_that_are_not_numbers_do_not_pass_the_check(monkeypatch):
+    fake_difference(monkeypatch, float("nan"))
+    with pytest.warns(UserWarning, match="differ by up to nan"):
+        assert not prefix_sharing().can_share(make_model("qwen2"), first_batch())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_check_is_made_once_in_evaluation_mode(monkeypatch, training):
+    calls, model = fake_difference(monkeypatch, 0.0), make_model("qwen2").train(training)
+    sharing = prefix_sharing(models=[model])
+    for _ in range(2):
+        assert sharing.can_share(model, first_batch())
+        assert model.training == training
+    assert calls == [(False, VOCABULARY, torch.device("cpu"))]
+
+
+def test_one_process_that_differs_keeps_all_from_sharing(monkeypatch):
+    fake_difference(monkeypatch, 0.0)
+    devices = []
+
+    def gather(local):
+        devices.append(local.device.type)
+        return torch.tensor([0.0, 0.5, 0.0])
+
+    sharing = prefix_sharing(gather=gather)
+    with pytest.warns(UserWarning, match="differ by up to 0.5"):
+        assert not sharing.can_share(make_model("qwen2"), first_batch().to("meta"))
+    assert devices == ["meta"]  # where the input is
 
 
 @pytest.mark.parametrize("family", ["mamba", "opt", "qwen2"])
@@ -415,6 +520,109 @@ def test_rotations_that_depend_on_the_length_are_exact_or_refused(rotation):
         install(packed)
         rows = full_tree_rows(1, depth=3, length=8)
         assert (shared(packed, rows).log_probs - dense(model, rows).log_probs).abs().max() <= EXACT
+
+
+def test_the_check_has_padding_a_trunk_and_branches():
+    model, seen = shared_model("qwen2").eval(), []
+    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    find_difference(model, VOCABULARY, torch.device("cpu"))
+    dense_rows, packed = seen
+    ids, mask = dense_rows["input_ids"], dense_rows["attention_mask"]
+    assert ids.min() >= 0 and ids.max() < VOCABULARY and len(ids.unique()) > VOCABULARY / 2
+    assert mask[:, 0].eq(0).all() and mask[:, 1:].eq(1).all()
+    common = [(ids[a] == ids[b]).long().cumprod(0).sum().item() for a, b in [(0, 1), (0, 2), (1, 2)]]
+    assert ids.size(1) - 4 > common[0] > common[1] == common[2] > 4
+    assert packed["input_ids"].numel() < mask.sum() - common[0]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "reason"),
+    [
+        ("config", "layer_types", ["b", "full_attention", "a"], "has layers of type a, b, whose state cannot branch"),
+        ("", "_is_stateful", True, "carries a recurrent state"),
+        ("model.norm", "sinks", torch.zeros(4), "has attention sinks"),
+        ("config", "rope_parameters", {"rope_type": "dynamic"}, "has rotary positions (dynamic) that depend"),
+        (
+            "config",
+            "rope_parameters",
+            {"sliding": {"rope_type": "longrope"}, "full": {"rope_type": "default"}, "theta": 1.0},
+            "has rotary positions (default, longrope) that depend",
+        ),
+        ("config", "is_encoder_decoder", True, "is an encoder-decoder model"),
+        ("", "active_peft_config", SimpleNamespace(is_prompt_learning=True), "learns virtual tokens"),
+        ("", "_supports_attention_backend", False, "does not take its attention from transformers"),
+        ("config", "_attn_implementation", "flash_attention_2", "uses attn_implementation='flash_attention_2', not"),
+    ],
+)
+def test_what_a_model_is_made_of_can_rule_sharing_out(owner, name, value, reason):
+    model = make_model("qwen2")
+    assert unsupported_reason(model) is None
+    setattr(attrgetter(owner)(model) if owner else model, name, value)
+    assert unsupported_reason(model).startswith(f"Qwen2ForCausalLM {reason}")
+
+
+def test_the_text_model_of_several_is_looked_at():
+    model = make_model("qwen2")
+    model.config = LlavaConfig(text_config=OTHERS["qwen3_next"]())
+    assert "linear_attention" in unsupported_reason(model)
+
+
+def test_one_small_parameter_makes_low_precision():
+    model = make_model("qwen2")
+    assert not has_low_precision(model)
+    model.lm_head.to(torch.bfloat16)
+    assert has_low_precision(model)
+
+
+# Chunks of rows
+
+
+def run_chunks(sharing, model, rows, batch_size, missing=None, entropy=False, aux_loss=False):
+    return sharing.forward(
+        model, rows.input_ids, rows.attention_mask, rows.needed, missing, batch_size, entropy, aux_loss
+    )
+
+
+def chunks_of(rows, size):
+    return [
+        Rows(rows.input_ids[at : at + size], rows.attention_mask[at : at + size], rows.needed[at : at + size])
+        for at in range(0, len(rows.needed), size)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_chunks_of_rows_give_what_all_rows_give(batch_size):
+    model, rows = make_model("qwen2"), random_rows(3, "some_tokens")
+    sharing, missing = prefix_sharing(True, [model]), torch.randn(rows.needed.shape)
+    expected = shared(model, rows, missing=missing)
+    log_probs, entropy, aux_loss = run_chunks(sharing, model, rows, batch_size, missing, entropy=True)
+    torch.testing.assert_close(log_probs, expected.log_probs, rtol=0, atol=EXACT)
+    torch.testing.assert_close(entropy, expected.entropy, rtol=0, atol=EXACT)
+    assert aux_loss is None
+    log_probs, entropy, _ = run_chunks(sharing, model, rows, batch_size)
+    torch.testing.assert_close(log_probs, expected.log_probs * rows.needed, rtol=0, atol=EXACT)
+    assert entropy is None
+
+
+def test_the_load_balancing_loss_of_chunks_is_their_mean():
+    packed, model, rows = make_model("qwen3_moe"), make_model("qwen3_moe"), random_rows(3)
+    _, _, actual = run_chunks(prefix_sharing(True, [packed]), packed, rows, 3, aux_loss=True)
+    losses = [dense(model, chunk, output_router_logits=True).aux_loss for chunk in chunks_of(rows, 3)]
+    assert len(losses) > 1
+    assert abs(actual - sum(losses) / len(losses)) <= EXACT
+
+
+def test_tokens_are_counted_where_there_is_a_gradient():
+    model, rows = make_model("qwen2"), random_rows(3, "some_tokens")
+    sharing = prefix_sharing(True, [model])
+    for _ in range(2):
+        run_chunks(sharing, model, rows, 3)
+    with torch.no_grad():
+        run_chunks(sharing, model, rows, 3)
+    computed = [pack_rows(*vars(chunk).values()).input_ids.numel() for chunk in chunks_of(rows, 3)]
+    assert sharing.take_token_counts() == (2 * rows.attention_mask.sum(), 2 * sum(computed))
+    assert sharing.take_token_counts() == (0, 0)
+    assert prefix_sharing(False).take_token_counts() == (1, 1)
 
 
 # Generation and saving
