@@ -44,6 +44,7 @@ TESTS_OF = {
     "prefix_sharing.support": PACKED,
 }
 LEAST_SCORE = 0.9
+CONTEXT = 40  # characters on each side of a change that are printed
 EXAMPLES = 40  # of each law; the tests themselves draw 100
 
 # Changes that no test can notice, because they change no result: module -> change, as it is printed -> reason.
@@ -60,7 +61,7 @@ class Mutant:
     Args:
         module: Name below the package.
         line: Where the change is, in the module as it stands.
-        change: The function and the statement, before and after; without a line number, so that it lasts.
+        change: The function and what is around the change, before and after; without a line number, so that it lasts.
         source: The changed module.
     """
 
@@ -189,6 +190,22 @@ def header(statement: ast.stmt) -> str:
     return " ".join(ast.unparse(changed(statement, **emptied)).split())
 
 
+def common(first: str, second: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def difference(before: str, after: str) -> str:
+    """Both texts, without what is far from where they differ."""
+    start = common(before, after)
+    same = common(before[start:][::-1], after[start:][::-1])
+    cut = max(0, start - CONTEXT)
+    ends = [("…" if cut else "") + text[cut : len(text) - same + CONTEXT] + "…" * (same > CONTEXT)
+            for text in (before, after)]  # fmt: skip
+    return "  ->  ".join(ends)
+
+
 def mutants_of(module: str, text: str | None = None) -> list[Mutant]:
     """Every mutant of a module, in order; those that read the same only once. `text` stands for the file's."""
     tops = ast.parse(path_of(module).read_text() if text is None else text).body
@@ -208,7 +225,7 @@ def mutants_of(module: str, text: str | None = None) -> list[Mutant]:
                     source = "\n".join([*texts[:position], ast.unparse(top), *texts[position + 1 :]])
                     after = header(new if inner is child else inner)
                     put(node, name, index, child)
-                    change = f"{'.'.join(scope) or 'module'}: {header(inner)}  ->  {after}"
+                    change = f"{'.'.join(scope) or 'module'}: {difference(header(inner), after)}"
                     found.setdefault(source, Mutant(module, inner.lineno, change, source))
                 if isinstance(child, ast.FunctionDef | ast.ClassDef):
                     visit(child, inner, [*scope, child.name], rebound_names(child))
@@ -382,8 +399,9 @@ def check(module: str, jobs: int, folder: Path) -> list[tuple[Mutant, str, str |
         results.append((child.mutant, outcome, failed))
         if failed:
             guide.kills[failed] += 1
-        done = f"{module} {len(results)}/{total}"
-        print(f"\r{done}", end="", file=sys.stderr, flush=True)
+        done = f"{module} {len(results)} of {total}"
+        news = "" if outcome == "killed" else f" {outcome}: {child.mutant.change}\n"
+        print(f"\r{done}{news}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     run_unchanged(module, folder / f"{module}-again")  # or somebody changed the code meanwhile, and the kills are his
     return sorted(results, key=lambda result: result[0].line)

@@ -1,5 +1,6 @@
 """Packing rows against a plain oracle: what is computed, what each position sees, and the way back to the rows."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -188,6 +189,25 @@ def test_sorted_rows_compute_each_prefix_once_and_a_branch_costs_one_position(se
     rows = Rows(rows.input_ids[order], rows.attention_mask[order], rows.needed[order])
     packed = pack(rows)
     assert packed.input_ids.numel() <= max(1, len(wanted_paths(rows)) + len(rows.input_ids) - 1)
+
+
+def area(sizes):
+    """Queries times keys of segments of one group, padded to the longest; and without padding."""
+    queries, keys = map(max, zip(*sizes, strict=True))
+    return len(sizes) * queries * keys, sum(queries * keys for queries, keys in sizes)
+
+
+@given(rows_of)
+def test_segments_go_together_while_padding_costs_at_most_a_fifth(rows):
+    groups = [list(zip(group.query_lengths, group.key_lengths, strict=True)) for group in pack(rows).layout.groups]
+    sizes = [size for group in groups for size in group]
+    assert sizes == sorted(sizes, reverse=True)
+    for group in groups:
+        padded, real = area(group)
+        assert padded <= 1.2 * real
+    for group, following in pairwise(groups):
+        padded, real = area([*group, following[0]])
+        assert padded > 1.2 * real
 
 
 @given(rows_of)
