@@ -60,7 +60,7 @@ def test_pruning_is_strict():
     assert not is_kept([0.0, 0.1], 0.1)
     assert is_kept([0.0, 0.1001], 0.1)
     assert not is_kept([0.5, 0.5], 0.0)
-    assert is_kept([0.5, 0.5 + 1e-9], 0.0)
+    assert is_kept([0.5, 0.5 + 1e-6], 0.0)
     assert is_kept([0.5, 0.5], None) and is_kept([0.5, 0.5], -1.0)
     assert not is_kept([0.5], None)
 
@@ -70,6 +70,15 @@ def test_pruning_is_strict_for_rewards_in_float32(low, high):
     """0.1 apart as decimals is 0.1 apart, though their float32 difference exceeds 0.1."""
     low, high = torch.tensor([low, high]).tolist()
     assert not is_kept([low, high], 0.1)
+    assert not is_kept([low * 100, high * 100], 10.0)
+
+
+def test_a_tie_of_means_is_a_tie_in_float32():
+    """The mean of 0.1, 0.2 and 0.3 is 0.2; in float32 they are 2e-9 apart."""
+    low, middle, high = torch.tensor([0.1, 0.2, 0.3]).tolist()
+    mean = (low + middle + high) / 3
+    assert mean != middle and not is_kept([mean, middle], 0.0)
+    assert not is_kept([1000 * mean, 1000 * middle], 0.0) and is_kept([1000 * mean, 1000 * middle], -1.0)
 
 
 def test_the_mean_is_not_weighted_by_leaves():

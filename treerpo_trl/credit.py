@@ -14,7 +14,9 @@ from statistics import fmean
 from .tree import Tree
 
 
-# Rewards arrive as float32, so sums and differences carry its rounding (6e-8 of the value).
+# Rewards arrive as float32, so values and their differences carry its rounding: up to 6e-8 of a value for each sum.
+VALUE_ROUNDING = 4 * 2.0**-24
+# How far outside [0, 1] a weighted sum of rewards may lie by rounding.
 ROUNDING = 1e-6
 
 
@@ -54,18 +56,18 @@ def back_up(parents: Sequence[int], rewards: Mapping[int, float | None]) -> list
 def is_kept(values: Sequence[float], prune_threshold: float | None) -> bool:
     """Keep a group if and only if max - min > tau (TreeRPO, eq. 1-2). A group of fewer than two is never kept.
 
-    A range that exceeds tau by no more than float32 rounding counts as equal to it: rewards are float32, in which
-    0.1 - 0.0 is greater than 0.1.
+    A range that exceeds tau by no more than the rounding of its values counts as equal to it: rewards are float32, in
+    which 0.1 - 0.0 is greater than 0.1, and the mean of 0.1, 0.2 and 0.3 is not 0.2.
 
     Args:
         values: Values of the group's valued members.
-        prune_threshold: tau; `None` keeps every group of two or more.
+        prune_threshold: tau; `None`, or a negative number, keeps every group of two or more.
     """
     if len(values) < 2:
         return False
-    return prune_threshold is None or max(values) - min(values) > prune_threshold * (
-        1 + math.copysign(ROUNDING, prune_threshold)
-    )
+    if prune_threshold is None or prune_threshold < 0:
+        return True
+    return max(values) - min(values) > prune_threshold + VALUE_ROUNDING * max(map(abs, values))
 
 
 def treerpo(values: Sequence[float]) -> list[float]:

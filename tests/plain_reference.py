@@ -1,0 +1,105 @@
+"""TreeRPO as plainly as it can be written: exact fractions, recursion and loops; one sequence at a time, no rows.
+
+It shares no code with the package but `Tree`, and follows the paper (arXiv:2506.05183) and TRL's losses by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from treerpo_trl import Tree
+
+
+Rewards = Mapping[int, Fraction | None]  # leaf -> reward
+
+
+def reward_of(parts: Sequence[Fraction | None], weights: Sequence[Fraction]) -> Fraction | None:
+    """The weighted sum of what the reward functions gave; `None` if none of them gave anything."""
+    given = [weight * part for part, weight in zip(parts, weights, strict=True) if part is not None]
+    return sum(given, Fraction(0)) if given else None
+
+
+def value_of(tree: Tree, node: int, rewards: Rewards) -> Fraction | None:
+    """The plain mean of the children's values, down to the rewards of the leaves."""
+    children = [child for child in range(len(tree.nodes)) if tree.nodes[child].parent == node]
+    if not children:
+        return rewards[node]
+    values = [value for child in children if (value := value_of(tree, child, rewards)) is not None]
+    return sum(values, Fraction(0)) / len(values) if values else None
+
+
+def advantages_of(tree: Tree, rewards: Rewards, estimator: str, tau: Fraction | None) -> dict[int, float]:
+    """The advantage of every node that is trained."""
+    advantages = {}
+    for parent in range(len(tree.nodes)):
+        group = {
+            child: value
+            for child in range(len(tree.nodes))
+            if tree.nodes[child].parent == parent and (value := value_of(tree, child, rewards)) is not None
+        }
+        values = list(group.values())
+        if len(values) < 2 or (tau is not None and max(values) - min(values) <= tau):
+            continue
+        mean = sum(values) / len(values)
+        variance = mean * (1 - mean)
+        if estimator == "treerpo":
+            scale = float(variance)
+        elif estimator == "bernoulli_std":
+            scale = sqrt(variance)
+        elif estimator == "group_std":
+            scale = sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) + 1e-4
+        else:
+            scale = 1.0
+        for child, value in group.items():
+            advantages[child] = float(value - mean) / scale if value != mean else 0.0
+    return advantages
+
+
+def tokens_of(model: nn.Module, tree: Tree, temperature: float) -> dict[int, tuple[Tensor, Tensor]]:
+    """Node -> log-probabilities and entropies of its tokens, from one sequence a leaf."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for leaf in tree.leaves:
+        ids = torch.tensor([[*tree.prompt_ids, *tree.completion_ids(leaf)]])
+        logps = (model(input_ids=ids).logits[0, :-1].double() / temperature).log_softmax(-1)
+        chosen = logps.gather(1, ids[0, 1:, None]).squeeze(1)
+        entropy = -(logps.exp() * logps).sum(-1)
+        start = len(tree.prompt_ids) - 1
+        for node in tree.path(leaf):
+            end = start + len(tree.nodes[node].token_ids)
+            found.setdefault(node, (chosen[start:end], entropy[start:end]))
+            start = end
+    return found
+
+
+@dataclass
+class Loss:
+    """The options of a loss, named as in `GRPOConfig`."""
+
+    loss_type: str
+    epsilon: float
+    epsilon_high: float
+    delta: float | None
+    beta: float
+    use_bias_correction_kl: bool
+
+    def kinks(self) -> list[float]:
+        """Ratios at which the gradient of a token jumps, so that rounding decides it."""
+        kinks = [self.epsilon_high] if self.loss_type == "cispo" else [1 - self.epsilon, 1 + self.epsilon_high]
+        return kinks if self.delta is None else [*kinks, self.delta]
+
+    def of_tokens(self, logps: Tensor, old: Tensor, reference: Tensor, advantage: float) -> Tensor:
+        """The loss of each token of a node."""
+        ratio = (logps - old).exp()
+        kl = (reference - logps).exp() - (reference - logps) - 1
+        kl = self.beta * (kl * ratio if self.use_bias_correction_kl else kl)
+        if self.loss_type == "cispo":
+            return -ratio.detach().clamp(max=self.epsilon_high) * advantage * logps + kl
+        clipped = ratio.clamp(1 - self.epsilon, 1 + self.epsilon_high)
+        bounded = ratio if self.delta is None else ratio.clamp(max=self.delta)
+        return -torch.min(bounded * advantage, clipped * advantage) + kl
