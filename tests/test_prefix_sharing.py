@@ -40,6 +40,7 @@ from treerpo_trl.prefix_sharing import (
     pack_rows,
     unsupported_reason,
 )
+from treerpo_trl.prefix_sharing.forward import forward_dense
 from treerpo_trl.prefix_sharing.support import has_low_precision
 
 
@@ -119,7 +120,7 @@ def test_hidden_states_are_exact_where_a_model_is_double_throughout():
     states = []
     for each in (packed, model):
         each.base_model.register_forward_hook(lambda module, args, outputs: states.append(outputs.last_hidden_state))
-    rows = random_rows(3)
+    rows = random_rows(9)
     shared(packed, rows), dense(model, rows)
     source = pack_rows(rows.input_ids, rows.attention_mask, rows.needed).source_BT
     width = rows.needed.size(1)
@@ -140,7 +141,7 @@ def test_both_implementations_of_attention(attention):
     for each in (packed, model):
         each.set_attn_implementation(attention)
     install(packed)
-    assert_exact(packed, model, random_rows(3))
+    assert_exact(packed, model, random_rows(9))
 
 
 def test_installing_twice_does_nothing():
@@ -148,7 +149,7 @@ def test_installing_twice_does_nothing():
     before = model.config._attn_implementation
     install(model)
     assert model.config._attn_implementation == before
-    assert_exact(model, make_model("qwen2"), random_rows(3))
+    assert_exact(model, make_model("qwen2"), random_rows(9))
 
 
 class OwnAttention(Qwen2Attention):
@@ -162,13 +163,13 @@ def test_layers_derived_elsewhere_keep_their_eager_attention():
     for layer in packed.model.layers:
         layer.self_attn.__class__ = OwnAttention
     install(packed)
-    rows = random_rows(3)
+    rows = random_rows(9)
     assert torch.equal(dense(packed, rows).log_probs, dense(model, rows).log_probs)
     assert_exact(packed, model, rows)
 
 
 def test_a_layer_that_makes_its_own_mask_is_an_error():
-    model, rows = shared_model("qwen2"), random_rows(3)
+    model, rows = shared_model("qwen2"), random_rows(9)
 
     def add_mask(module, args, kwargs):
         size = kwargs["hidden_states"].size(1)
@@ -180,7 +181,7 @@ def test_a_layer_that_makes_its_own_mask_is_an_error():
 
 
 def test_dense_rows_of_an_installed_model_are_untouched():
-    packed, model, rows = shared_model("gemma3"), make_model("gemma3"), random_rows(3)
+    packed, model, rows = shared_model("gemma3"), make_model("gemma3"), random_rows(9)
     assert torch.equal(dense(packed, rows).log_probs, dense(model, rows).log_probs)
 
 
@@ -193,8 +194,18 @@ def test_the_missing_are_what_was_given():
 
 def test_nothing_asked_for_still_reaches_every_parameter_with_a_zero_gradient():
     model = shared_model("qwen2")
-    loss = shared(model, random_rows(3, "none")).log_probs.sum()
+    loss = shared(model, random_rows(9, "none")).log_probs.sum()
     assert all((gradient == 0).all() for gradient in gradients(model, loss).values())
+
+
+def test_only_mixtures_of_experts_hear_of_router_logits():
+    """A forward that takes no such argument must not get it."""
+    model, rows, seen = shared_model("qwen3_moe"), random_rows(9), []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("output_router_logits")), with_kwargs=True
+    )
+    shared(model, rows), shared(model, rows, is_moe=True), shared(model, rows, is_moe=True, with_aux_loss=True)
+    assert seen == [None, False, True]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -215,7 +226,7 @@ def test_the_load_balancing_loss_counts_the_tokens_of_the_rows(family, needed):
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt2", "qwen3_moe"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(family, reentrant):
-    packed, model, rows = shared_model(family).train(), make_model(family).train(), random_rows(3, "some_tokens")
+    packed, model, rows = shared_model(family).train(), make_model(family).train(), random_rows(9, "some_tokens")
     packed.gradient_checkpointing_enable({"use_reentrant": reentrant})
     packed.enable_input_require_grads()
     runs = []
@@ -226,7 +237,7 @@ def test_gradient_checkpointing_changes_nothing(family, reentrant):
 
 
 def test_low_precision_is_as_close_to_single_precision_as_dense_rows_are():
-    packed, model, rows = shared_model("qwen2"), make_model("qwen2"), random_rows(3)
+    packed, model, rows = shared_model("qwen2"), make_model("qwen2"), random_rows(9)
     exact = dense(model, rows).log_probs
     with torch.autocast("cpu", torch.bfloat16):
         errors = [(outputs.log_probs - exact)[rows.needed].abs().mean() for outputs in
@@ -522,17 +533,30 @@ def test_rotations_that_depend_on_the_length_are_exact_or_refused(rotation):
         assert (shared(packed, rows).log_probs - dense(model, rows).log_probs).abs().max() <= EXACT
 
 
+def test_the_check_compares_with_dense_rows():
+    """All of the columns asked for, and 0 on padding."""
+    model, rows = make_model("qwen2"), random_rows(9)
+    width = rows.needed.size(1)
+    assert not rows.needed.all()
+    expected = dense(model, rows).log_probs
+    assert torch.equal(forward_dense(model, rows.input_ids, rows.attention_mask, width), expected)
+    assert (expected[~rows.needed] == 0).all()
+
+
 def test_the_check_has_padding_a_trunk_and_branches():
     model, seen = shared_model("qwen2").eval(), []
     model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     find_difference(model, VOCABULARY, torch.device("cpu"))
     dense_rows, packed = seen
     ids, mask = dense_rows["input_ids"], dense_rows["attention_mask"]
-    assert ids.min() >= 0 and ids.max() < VOCABULARY and len(ids.unique()) > VOCABULARY / 2
+    assert ids.shape == (3, 7 + 4 + 7)
+    assert ids.min() >= 0 and ids.max() < VOCABULARY
+    for piece in (ids[0, :7], ids[0, 7:11], ids[0, 11:], ids[1, 11:], ids[2, 7:14]):
+        assert len(piece.unique()) == len(piece)  # various tokens
     assert mask[:, 0].eq(0).all() and mask[:, 1:].eq(1).all()
     common = [(ids[a] == ids[b]).long().cumprod(0).sum().item() for a, b in [(0, 1), (0, 2), (1, 2)]]
-    assert ids.size(1) - 4 > common[0] > common[1] == common[2] > 4
-    assert packed["input_ids"].numel() < mask.sum() - common[0]
+    assert common == [11, 7, 7]
+    assert packed["input_ids"].numel() < mask.sum() - 11
 
 
 @pytest.mark.parametrize(
@@ -590,9 +614,9 @@ def chunks_of(rows, size):
     ]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_chunks_of_rows_give_what_all_rows_give(batch_size):
-    model, rows = make_model("qwen2"), random_rows(3, "some_tokens")
+    model, rows = make_model("qwen2"), random_rows(13, "some_tokens")
     sharing, missing = prefix_sharing(True, [model]), torch.randn(rows.needed.shape)
     expected = shared(model, rows, missing=missing)
     log_probs, entropy, aux_loss = run_chunks(sharing, model, rows, batch_size, missing, entropy=True)
@@ -605,21 +629,21 @@ def test_chunks_of_rows_give_what_all_rows_give(batch_size):
 
 
 def test_the_load_balancing_loss_of_chunks_is_their_mean():
-    packed, model, rows = make_model("qwen3_moe"), make_model("qwen3_moe"), random_rows(3)
-    _, _, actual = run_chunks(prefix_sharing(True, [packed]), packed, rows, 3, aux_loss=True)
-    losses = [dense(model, chunk, output_router_logits=True).aux_loss for chunk in chunks_of(rows, 3)]
+    packed, model, rows = make_model("qwen3_moe"), make_model("qwen3_moe"), random_rows(13)
+    _, _, actual = run_chunks(prefix_sharing(True, [packed]), packed, rows, 4, aux_loss=True)
+    losses = [dense(model, chunk, output_router_logits=True).aux_loss for chunk in chunks_of(rows, 4)]
     assert len(losses) > 1
     assert abs(actual - sum(losses) / len(losses)) <= EXACT
 
 
 def test_tokens_are_counted_where_there_is_a_gradient():
-    model, rows = make_model("qwen2"), random_rows(3, "some_tokens")
+    model, rows = make_model("qwen2"), random_rows(13, "some_tokens")
     sharing = prefix_sharing(True, [model])
     for _ in range(2):
-        run_chunks(sharing, model, rows, 3)
+        run_chunks(sharing, model, rows, 4)
     with torch.no_grad():
-        run_chunks(sharing, model, rows, 3)
-    computed = [pack_rows(*vars(chunk).values()).input_ids.numel() for chunk in chunks_of(rows, 3)]
+        run_chunks(sharing, model, rows, 4)
+    computed = [pack_rows(*vars(chunk).values()).input_ids.numel() for chunk in chunks_of(rows, 4)]
     assert sharing.take_token_counts() == (2 * rows.attention_mask.sum(), 2 * sum(computed))
     assert sharing.take_token_counts() == (0, 0)
     assert prefix_sharing(False).take_token_counts() == (1, 1)
@@ -636,7 +660,7 @@ def test_generation_is_untouched_between_steps(family):
     optimizers = [torch.optim.SGD(each.parameters(), lr=1e-3) for each in (packed, model)]
     for step in range(3):
         assert torch.equal(packed.generate(prompts, **options), model.generate(prompts, **options))
-        rows = random_rows(step + 3)
+        rows = random_rows(step + 9)
         losses = [random_loss(outputs, rows.needed) for outputs in (shared(packed, rows), dense(model, rows))]
         for optimizer, loss in zip(optimizers, losses, strict=True):
             optimizer.zero_grad()
@@ -645,7 +669,7 @@ def test_generation_is_untouched_between_steps(family):
 
 
 def test_nothing_of_it_is_saved(tmp_path):
-    packed, rows = shared_model("qwen2"), random_rows(3)
+    packed, rows = shared_model("qwen2"), random_rows(9)
     packed.save_pretrained(tmp_path)
     for path in tmp_path.glob("*.json"):
         assert "prefix_sharing" not in path.read_text()
