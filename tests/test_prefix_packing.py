@@ -1,5 +1,7 @@
 """Packing rows against a plain oracle: what is computed, what each position sees, and the way back to the rows."""
 
+import itertools
+from dataclasses import FrozenInstanceError, fields
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -154,6 +156,55 @@ def test_the_gradient_of_taken_states_is_that_of_index_select(kind, positions):
     context = SimpleNamespace(gather=gather, num_positions=7)
     actual, _ = _Take.backward(context, gradient.as_subclass(kind))
     torch.testing.assert_close(actual.as_subclass(torch.Tensor), states.grad)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "is_even", "is_plainly_causal"),
+    [
+        ((3, 3), (3, 3), True, True),
+        ((3,), (3,), True, True),
+        ((2, 2), (3, 3), True, False),
+        ((3, 2), (3, 2), False, False),
+        ((2, 2), (3, 2), False, False),
+        ((2, 1), (3, 3), False, False),
+    ],
+)
+def test_what_is_said_of_a_group(queries, keys, is_even, is_plainly_causal):
+    group = Group(queries, keys)
+    assert group.shape == (len(queries), max(queries), max(keys))
+    assert (group.is_even, group.is_plainly_causal) == (is_even, is_plainly_causal)
+    num_masks = 1 if is_even else len(queries)
+    for window, repeats in itertools.product((None, 1, 2), (1, 2)):
+        mask = group.mask(window, repeats, torch.device("cpu"))
+        assert mask.shape == (num_masks, 1, repeats * max(queries), max(keys))
+        assert group.mask(window, repeats, torch.device("cpu")) is mask  # made once
+
+
+@given(rows_of)
+def test_positions_are_put_in_order_only_where_some_are_padded(rows):
+    layout = pack(rows).layout
+    is_in_order = all(group.is_even for group in layout.groups)
+    assert (layout.queries is None) == (layout.outputs is None) == is_in_order
+
+
+@given(rows_of)
+def test_runs_are_the_longest_of_neighbours_and_leave_padding_out(rows):
+    packed = pack(rows)
+    key_lengths = [length for group in packed.layout.groups for length in group.key_lengths]
+    taken = [begin + step for begin, _, length in packed.layout.keys.runs for step in range(length)]
+    assert len(taken) == len(set(taken)) == sum(key_lengths)
+    index = packed.layout.keys.index.tolist()
+    for begin, position, length in packed.layout.keys.runs:
+        assert index[begin : begin + length] == list(range(position, position + length))
+    for (begin, position, length), (following, other, _) in pairwise(packed.layout.keys.runs):
+        assert (begin + length, position + length) != (following, other)
+
+
+def test_what_is_taken_is_immutable():
+    gather = _gather(torch.tensor([1, 2]), torch.device("cpu"))
+    for each in fields(gather):
+        with pytest.raises(FrozenInstanceError):
+            setattr(gather, each.name, None)
 
 
 @pytest.mark.parametrize("lengths", [(2, 2), (2, 1)])

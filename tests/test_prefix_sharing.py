@@ -1,5 +1,6 @@
 """Packed rows against dense ones: log-probabilities, entropies, gradients, whole training steps, and who cannot."""
 
+import itertools
 import json
 import warnings
 from contextlib import nullcontext
@@ -534,29 +535,44 @@ def test_rotations_that_depend_on_the_length_are_exact_or_refused(rotation):
 
 
 def test_the_check_compares_with_dense_rows():
-    """All of the columns asked for, and 0 on padding."""
-    model, rows = make_model("qwen2"), random_rows(9)
+    """All of the columns asked for, 0 on padding, and the head computes nothing before them."""
+    model, rows, outputs = make_model("qwen2"), random_rows(9), []
     width = rows.needed.size(1)
-    assert not rows.needed.all()
     expected = dense(model, rows).log_probs
+    model.register_forward_hook(lambda module, args, result: outputs.append(result.log_probs))
     assert torch.equal(forward_dense(model, rows.input_ids, rows.attention_mask, width), expected)
-    assert (expected[~rows.needed] == 0).all()
+    assert not rows.needed.all() and (expected[~rows.needed] == 0).all()
+    assert (outputs[0][:, :-width] == 0).all()
 
 
-def test_the_check_has_padding_a_trunk_and_branches():
+def test_golden_rows_of_the_check():
+    """Two rows that share a trunk, and one whose trunk comes later; all of them after a prompt and padding."""
     model, seen = shared_model("qwen2").eval(), []
     model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     find_difference(model, VOCABULARY, torch.device("cpu"))
-    dense_rows, packed = seen
-    ids, mask = dense_rows["input_ids"], dense_rows["attention_mask"]
-    assert ids.shape == (3, 7 + 4 + 7)
-    assert ids.min() >= 0 and ids.max() < VOCABULARY
-    for piece in (ids[0, :7], ids[0, 7:11], ids[0, 11:], ids[1, 11:], ids[2, 7:14]):
-        assert len(piece.unique()) == len(piece)  # various tokens
-    assert mask[:, 0].eq(0).all() and mask[:, 1:].eq(1).all()
-    common = [(ids[a] == ids[b]).long().cumprod(0).sum().item() for a, b in [(0, 1), (0, 2), (1, 2)]]
-    assert common == [11, 7, 7]
-    assert packed["input_ids"].numel() < mask.sum() - 11
+    rows, packed = seen
+    prompt, trunk = [11, 18, 1, 8, 15, 22, 5], [3, 8, 13, 18]
+    assert rows["input_ids"].tolist() == [
+        [*prompt, *trunk, 2, 13, 0, 11, 22, 9, 20],
+        [*prompt, *trunk, 5, 18, 7, 20, 9, 22, 11],
+        [*prompt, 8, 1, 18, 11, 4, 21, 14, *trunk],
+    ]
+    assert rows["attention_mask"].tolist() == [[0] + [1] * 17] * 3
+    assert packed["input_ids"].numel() == 6 + 4 + 6 + (1 + 6) + (1 + 10)  # the last token of a row predicts nothing
+
+
+def test_the_check_finds_a_difference_of_any_one_token(monkeypatch):
+    model = shared_model("qwen2").eval()
+    for row, column in itertools.product(range(3), range(11)):
+
+        def forward(*args, where=(row, column)):
+            outputs = forward_shared(*args)
+            assert outputs.log_probs.shape == (3, 11)
+            outputs.log_probs[where] += 1
+            return outputs
+
+        monkeypatch.setattr("treerpo_trl.prefix_sharing.forward.forward_shared", forward)
+        assert find_difference(model, VOCABULARY, torch.device("cpu")) == pytest.approx(1, abs=EXACT)
 
 
 @pytest.mark.parametrize(
