@@ -1,9 +1,11 @@
-"""The moments at which `resume_run.py` kills a training run, from sampling to the last byte of a checkpoint."""
+"""The moments at which a fault befalls a training run in `resume_run.py`, from sampling to the last byte saved."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,24 @@ from treerpo_trl import resuming
 from treerpo_trl.backends import TransformersBackend
 
 
+FAULT = {"kind": "SIGKILL", "folder": "."}
+
+
 def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    """What happens at the moment: a signal by its name, or `raise`, `wait` (for a file, for ever) or `fill N`."""
+    kind, folder = FAULT["kind"], Path(FAULT["folder"])
+    if kind == "raise":
+        raise ZeroDivisionError("the reward of this run is broken")
+    if kind == "wait":
+        (folder / "waiting").touch()
+        while not (folder / "go on").exists():
+            time.sleep(0.02)
+    elif kind.startswith("fill"):  # the disk, but for so many kB
+        ballast = shutil.disk_usage(folder / "out").free - 1024 * int(kind.removeprefix("fill "))
+        (folder / "out" / "ballast").write_bytes(bytes(ballast))
+    else:
+        os.kill(os.getpid(), signal.Signals[kind])
+        time.sleep(0.2)  # for a handler in a thread
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -71,7 +89,9 @@ def in_second_wave(trainer, is_due):
 def in_reward(trainer, is_due):
     def reward(original, *args, **kwargs):
         result = original(*args, **kwargs)
-        return die() if is_due() and trainer.model.training else result
+        if is_due() and trainer.model.training:
+            die()
+        return result
 
     reward_func = trainer.reward_funcs[0]
     trainer.reward_funcs[0] = lambda *args, **kwargs: reward(reward_func, *args, **kwargs)
@@ -83,7 +103,7 @@ def in_backward(trainer, is_due):
 
     def hook(gradient):
         passes.append(is_due())
-        if sum(passes) == 2:
+        if passes[-1] and sum(passes) == 2:
             die()
 
     next(trainer.model.model.layers[0].parameters()).register_hook(hook)

@@ -1,4 +1,4 @@
-"""What `test_resume.py` runs: training runs that kill themselves with SIGKILL, and runs that go on from what is left.
+"""What `test_resume.py` runs: training runs that kill themselves, and runs that go on from what is left.
 
 python tests/resume_run.py MODEL_PATH OUTPUT_DIR NAME=SCENARIO ...
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
+import subprocess
 import sys
 import traceback
 import warnings
@@ -27,10 +29,11 @@ from conftest import free_port, make_tokenizer, spread_reward
 from datasets import Dataset, IterableDataset
 from distributed_run import whole_parameters
 from peft import LoraConfig
-from resume_moments import MOMENTS
+from resume_moments import FAULT, MOMENTS
 from transformers import TrainerCallback
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer, checkpoints, resuming
+from treerpo_trl.locking import LOCK
 
 
 with suppress(ImportError):  # accelerate imports it when it is needed, which would be in every run
@@ -62,6 +65,8 @@ class Scenario:
         options: Of the configuration; `resumed_options` for runs that go on.
         streaming, lora, processes: The dataset, the model, and how many processes train it.
         victim: The process that dies; the others fail, as they lose it.
+        fault: What happens at the moments, if not a kill; see `resume_moments.die`.
+        disk: Size of a disk of its own for `out`, such as "4m"; after each run what filled it is deleted.
     """
 
     kills: list[tuple[str, int]] = field(default_factory=list)
@@ -72,6 +77,8 @@ class Scenario:
     lora: bool = False
     processes: int = 1
     victim: int = 0
+    fault: str = "SIGKILL"
+    disk: str | None = None
 
 
 # One run
@@ -114,9 +121,15 @@ def train(scenario: Scenario, model_path: str, folder: Path, resume: bool | str 
         callbacks=[witness],
     )
     KEPT.append(trainer)
+    for callback in trainer.callback_handler.callbacks:
+        if getattr(callback, "jit_manager", None) is not None:
+            callback.jit_manager.kill_wait = 0  # seconds, in which a scheduler might kill the run after all
     trainer.create_model_card = lambda *args, **kwargs: None  # which takes half of the time
     if kill is not None and rank == scenario.victim:
         moment, step = kill
+        FAULT.update(kind=scenario.fault, folder=str(folder))
+        if scenario.fault in ("SIGINT", "wait"):  # which shells have background processes ignore
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         MOMENTS[moment](trainer, lambda: trainer.state.global_step == step)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -173,13 +186,18 @@ def launch(scenario: Scenario, model_path: str, folder: Path, resume: Any, kill:
 def play(scenario: Scenario, model_path: str, folder: Path) -> None:
     """All runs of a scenario, one after the other."""
     folder.mkdir()
+    if scenario.disk is not None:
+        (folder / "out").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={scenario.disk}", "none", folder / "out"], check=True)
     runs = []
     resumes = [None, *scenario.resume]
     for resume, kill in zip(resumes, [*scenario.kills, None], strict=True):
         status = launch(scenario, model_path, folder, resume, kill)
         left = checkpoints.list_checkpoints(folder / "out")
         complete = [path.name for path in left if checkpoints.find_fault(path) is None]
-        runs.append({"status": status, "left": [path.name for path in left], "complete": complete})
+        has_lock = (folder / "out" / LOCK).exists()
+        runs.append({"status": status, "left": [path.name for path in left], "complete": complete, "lock": has_lock})
+        (folder / "out" / "ballast").unlink(missing_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs))
 
 

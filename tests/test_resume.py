@@ -6,6 +6,7 @@ The runs are real and so are the kills (SIGKILL); `resume_run.py` makes them, in
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,11 +64,19 @@ DDP = {"processes": 2, "options": {"steps_per_generation": 2}}
 TIMES = ("step_time", "runtime", "per_second", "seconds")
 
 
-def play(model_path: str, folder: Path, scenarios: dict[str, Scenario]) -> Path:
-    """Run scenarios; returns the folder that holds one for each."""
+def play(
+    model_path: str,
+    folder: Path,
+    scenarios: dict[str, Scenario],
+    prefix: Sequence[str] = (),
+    timeout: float | None = None,
+) -> Path:
+    """Run scenarios, with a command before that of Python; returns the folder that holds one for each."""
     arguments = [f"{name}={json.dumps(asdict(scenario))}" for name, scenario in scenarios.items()]
-    command = [sys.executable, "tests/resume_run.py", model_path, str(folder), *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    command = [*prefix, sys.executable, "tests/resume_run.py", model_path, str(folder), *arguments]
+    result = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=timeout
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 

@@ -77,6 +77,18 @@ def make_plain(value: Any) -> Any:
     return str(value)
 
 
+class Secret(str):
+    """A text that is left out wherever it is pickled: upstream pickles all arguments beside the weights it pushes."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def __deepcopy__(self, memo: Any) -> Secret:
+        return self
+
+    __copy__ = __deepcopy__
+
+
 def seal(folder: str | Path, settings: Mapping[str, Any], is_mid_generation: bool) -> None:
     """List every file of a checkpoint, once all processes have written theirs.
 
@@ -247,6 +259,18 @@ def discard_replaced(output_dir: str | Path) -> None:
     for path in list_checkpoints(output_dir):
         if path.name.startswith("replaced-"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def describe_failure(folder: str | Path) -> str:
+    """What to say beside the error that ended the writing of a checkpoint: the writers seldom name disk or file."""
+    folder = Path(folder)
+    complete = [str(path) for path in list_checkpoints(folder.parent) if find_fault(path) is None]
+    fault = find_fault(folder)
+    return (
+        f"This happened while {folder} was written, which is {f'not complete ({fault})' if fault else 'complete'}. "
+        f"{shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB are free on its disk. The newest complete checkpoint "
+        f"is {complete[0] if complete else 'none'}"
+    )
 
 
 def _find_last(output_dir: str | Path) -> tuple[str | None, dict[str, str]]:

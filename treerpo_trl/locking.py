@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
-if sys.platform != "win32":
+fcntl: Any
+try:
     import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 LOCK = "_treerpo.lock"  # a name with an underscore is not pushed to the Hub
 
@@ -28,30 +30,46 @@ def claim(folder: str | Path) -> Iterator[None]:
 
     Raises:
         RuntimeError: Another process holds it.
+        OSError: It cannot be written to.
     """
-    if sys.platform == "win32":
+    if fcntl is None:
         yield
         return
     path = Path(folder) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _open_locked(path) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _open_locked(path)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    with file:
         try:
+            try:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            except OSError as error:
+                raise _not_writable(folder, error) from error
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # of a run that is over, which another error may have ended
+                path.unlink()
 
 
-def _open_locked(path: Path) -> IO[str]:
+def _not_writable(folder: str | Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"output_dir '{folder}' cannot be written to ({error.strerror}); checkpoints and logs would be lost. Make "
+        "room or set permissions there, or use another folder",
+    )
+
+
+def _open_locked(path: Path) -> IO[bytes]:
     while True:
-        file = path.open("a+")
+        file = path.open("ab+", buffering=0)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
-            holder = file.read() or "another process"
+            holder = file.read().decode() or "another process"
             file.close()
             raise RuntimeError(
                 f"output_dir '{path.parent}' is in use: {holder} is training there, and the checkpoints and logs of "
@@ -59,6 +77,7 @@ def _open_locked(path: Path) -> IO[str]:
             ) from error
         except OSError:  # the file system has no locks
             return file
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         file.close()  # the run before deleted it on its way out

@@ -17,12 +17,15 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from datasets import IterableDataset
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOTrainer
 
 from .checkpoints import (
+    Secret,
     check_settings,
     choose_checkpoint,
+    describe_failure,
     discard_replaced,
     drop_unreadable,
     has_state,
@@ -47,6 +50,11 @@ class ResumableGRPOTrainer(GRPOTrainer):
     _goes_on_exactly = False
     _pending: str | None = None  # the checkpoint whose state is still to be put back
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.hub_token is not None:
+            self.args.hub_token = Secret(self.args.hub_token)
+
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As upstream's; `resume_from_checkpoint=True` is the newest checkpoint in `output_dir` that is complete.
 
@@ -64,29 +72,26 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 drop_unreadable(checkpoint, "entropy_ctrl_state.json")
             self.accelerator.wait_for_everyone()
         self.callback_handler.callbacks = [
-            StepEndCheckpoint(callback.jit_manager) if type(callback) is JITCheckpointCallback else callback
+            StepEndCheckpoint(self, callback.jit_manager) if type(callback) is JITCheckpointCallback else callback
             for callback in self.callback_handler.callbacks
         ]
         with claim(self.args.output_dir) if self.accelerator.is_main_process else nullcontext():
             return super().train(checkpoint, *args, **kwargs)
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
-        """As upstream, which pickles the arguments, but without the token in them: the files may be published."""
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(*args, **kwargs)
-        finally:
-            self.args.hub_token = token
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As upstream's, into an empty folder."""
+        """As upstream's, into an empty folder; an error says what it means for the run."""
         output_dir = Path(self._get_output_dir(trial))
-        if self.args.should_save:
-            make_room(output_dir / f"checkpoint-{self.state.global_step}", bool(self.args.save_total_limit))
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            discard_replaced(output_dir)
+        checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                make_room(checkpoint, bool(self.args.save_total_limit))
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                discard_replaced(output_dir)
+        except Exception as error:
+            error.add_note(describe_failure(checkpoint))
+            raise
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last that each process writes for itself; `trainer_state.json` follows."""
@@ -158,27 +163,39 @@ class ResumableGRPOTrainer(GRPOTrainer):
 class StepEndCheckpoint(JITCheckpointCallback):
     """Upstream's answer to SIGTERM (`enable_jit_checkpoint`) at the end of the step, by all processes together.
 
-    Upstream's saves amid a step, too, whose trees a run that goes on would not have, and each process for itself.
+    Upstream's saves amid a step, too, whose trees a run that goes on would not have; before what is due after the
+    step, which would then be missing; and each process for itself.
 
     Args:
-        jit_manager: What upstream has set up; it notes the signal and makes the checkpoint.
+        trainer: Makes the checkpoint.
+        jit_manager: What upstream has set up; it notes the signal.
     """
 
-    def __init__(self, jit_manager: Any):
+    def __init__(self, trainer: Any, jit_manager: Any):
         super().__init__()
-        self.jit_manager = jit_manager
+        self.trainer, self.jit_manager = trainer, jit_manager
+        self.has_ended = False
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Not here."""
+    on_pre_optimizer_step = on_step_begin = TrainerCallback.on_step_begin  # nothing there
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Not here."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where any process was told to end, all save, after what is due now, and end."""
+        self.has_ended = any(gather_object([self.jit_manager.is_checkpoint_requested]))
+        if not self.has_ended:
+            return
+        self.jit_manager.is_checkpoint_requested = False
+        if control.should_evaluate:  # which may take longer than is left; if not, the checkpoint is made again
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+        control.should_save = control.should_training_stop = True
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Where any process was told to end, all save and end."""
-        manager = self.jit_manager
-        manager.is_checkpoint_requested = any(gather_object([manager.is_checkpoint_requested]))
-        super().on_step_end(*args, **kwargs)
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Upstream takes any end for that of an epoch."""
+        if not self.has_ended:
+            return
+        if state.epoch % 1:
+            control.should_log = control.should_evaluate = control.should_save = False
+        elif control.should_log or control.should_evaluate:
+            control.should_save = True
 
 
 def settings_of(trainer: Any) -> dict[str, Any]:
