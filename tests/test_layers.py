@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "evaluation": {"torch", "tqdm", "transformers", "trl"},
     "compatibility": {"treerpo_trl.credit"},
     "treerpo_config": {"treerpo_trl.compatibility", "trl"},
-    "validation": {"treerpo_trl.treerpo_config", "datasets", "transformers"},
+    "validation": {"treerpo_trl.treerpo_config", "datasets", "torch", "transformers"},
     "adapters": {"peft", "torch", "transformers"},
     "model_card": {"huggingface_hub"},
     "checkpoints": {"accelerate", "torch"},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import EOS, coin_reward, make_tokenizer, spread, spread_reward, tiny_config
+from conftest import coin_reward, make_tokenizer, spread, spread_reward, tiny_config
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Qwen2ForSequenceClassification
@@ -123,17 +123,6 @@ def test_reward_models(model, make_args, dataset):
     with torch.no_grad():
         expected = reward_model(**inputs).logits[0, 0].item()
     assert scored.rewards[leaf] == pytest.approx(expected, abs=1e-5)
-
-
-def test_none_rewards_leave_leaves_out(model, make_args, dataset):
-    def sometimes(completions, **kwargs):
-        return [None if spread("skip" + text) < 0.4 else spread(text) for text in completions]
-
-    trainer = train(model, make_args(), dataset, sometimes)
-    rewards = [reward for scored in trainer.last_trees for reward in scored.rewards.values()]
-    assert None in rewards and any(reward is not None for reward in rewards)
-    for scored in trainer.last_trees:
-        assert not any(scored.kept[node] for node, value in enumerate(scored.values) if value is None)
 
 
 def test_a_reward_function_sees_each_trajectory_once_and_the_table_lines_up(model, make_args, dataset, tmp_path):
@@ -312,92 +301,3 @@ def test_what_a_tree_cannot_follow_is_refused(model, make_args, dataset, name):
     value = [print] if name == "tools" else print
     with pytest.raises(ValueError, match=f"{name}=.* is not supported.*use trl.GRPOTrainer"):
         TreeRPOTrainer(model, coin_reward, make_args(), train_dataset=dataset, **{name: value})
-
-
-@pytest.mark.parametrize(
-    ("make_dataset", "message"),
-    [
-        (lambda rows: None, "train_dataset is None"),
-        (lambda rows: rows.select([]), "has 0 rows, but one generation batch takes 2 prompts"),
-        (lambda rows: rows.select([0]), "has 1 rows, but one generation batch takes 2 prompts"),
-        (lambda rows: rows.rename_column("prompt", "question"), "no 'prompt'"),
-        (lambda rows: rows.rename_column("answer", "image"), "column 'image', but TreeRPOTrainer does not support"),
-    ],
-)
-def test_unusable_datasets_are_refused_at_construction(model, make_args, dataset, make_dataset, message):
-    with pytest.raises(ValueError, match=message):
-        TreeRPOTrainer(
-            model, coin_reward, make_args(), train_dataset=make_dataset(dataset), processing_class=make_tokenizer()
-        )
-
-
-@pytest.mark.parametrize("as_chat", [False, True])
-def test_a_prompt_longer_than_the_model_allows_is_refused_at_construction(model, make_args, dataset, as_chat):
-    rows = Dataset.from_dict({"prompt": ["1=", "2=", "7+" * 80]})
-    message = r"a prompt has 16\d tokens, but the model's context of 128 leaves 116 for it .*max_completion_length=12"
-    with pytest.raises(ValueError, match=message):
-        TreeRPOTrainer(
-            model, coin_reward, make_args(), train_dataset=chat(rows) if as_chat else rows,
-            processing_class=make_tokenizer(),
-        )  # fmt: skip
-
-
-def test_a_prompt_longer_than_the_model_allows_is_refused_in_a_stream(model, make_args):
-    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "7+" * 80}] * 8))
-    trainer = TreeRPOTrainer(model, coin_reward, make_args(), train_dataset=stream, processing_class=make_tokenizer())
-    with pytest.raises(ValueError, match="a prompt has 160 tokens"):
-        trainer.train()
-
-
-def test_completions_that_fill_the_context_are_refused(model, make_args, dataset):
-    with pytest.raises(ValueError, match=r"max_completion_length=150 leaves no room .* context of 128 tokens"):
-        TreeRPOTrainer(
-            model, coin_reward, make_args(segment_length=50), train_dataset=dataset, processing_class=make_tokenizer()
-        )
-
-
-def test_an_empty_prompt_is_refused(model, make_args):
-    rows = Dataset.from_dict({"prompt": ["1=", ""]})
-    with pytest.raises(ValueError, match="has no tokens; remove empty prompts"):
-        TreeRPOTrainer(model, coin_reward, make_args(), train_dataset=rows, processing_class=make_tokenizer())
-
-
-@pytest.mark.parametrize(
-    ("reward", "error", "message"),
-    [
-        (lambda completions, **kwargs: [1.0], ValueError, "returned 1 rewards, but"),
-        (lambda completions, **kwargs: [2.0] * len(completions), ValueError, "2.0, but advantage_estimator='treerpo'"),
-        (lambda completions, **kwargs: ["x"] * len(completions), TypeError, "returned 'x' for completion 0"),
-        (lambda completions, **kwargs: 1 / 0, ZeroDivisionError, "division by zero"),
-    ],
-)
-def test_bad_rewards_stop_the_run_with_a_message(model, make_args, dataset, reward, error, message):
-    trainer = TreeRPOTrainer(model, reward, make_args(), train_dataset=dataset, processing_class=make_tokenizer())
-    with pytest.raises(error, match=message):
-        trainer.train()
-    assert trainer.reward_funcs == [reward]
-
-
-def test_rewards_beyond_one_are_fine_for_other_estimators(model, make_args, dataset):
-    def reward(completions, **kwargs):
-        return [10 * spread(text) - 5 for text in completions]
-
-    train(model, make_args(advantage_estimator="group_std"), dataset, reward)
-
-
-def test_all_rewards_none_trains_nothing_and_says_so(model, make_args, dataset):
-    def reward(completions, **kwargs):
-        return [None] * len(completions)
-
-    trainer = TreeRPOTrainer(model, reward, make_args(), train_dataset=dataset, processing_class=make_tokenizer())
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    trainer.train()
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    assert trainer.state.log_history[0]["tree/kept_groups"] == 0
-
-
-def test_a_model_with_several_eos_ids(model, make_args, dataset):
-    model.generation_config.eos_token_id = [EOS, 7]
-    trainer = train(model, make_args(), dataset)
-    ends = {node.token_ids[-1] for scored in trainer.last_trees for node in scored.tree.nodes if node.ended}
-    assert 7 in ends

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
 
@@ -15,6 +17,8 @@ from .treerpo_config import TreeRPOConfig
 IMAGE_COLUMNS = ("image", "images")
 # Tokens that a chat template may add around the messages of a prompt.
 TEMPLATE_MARGIN = 512
+# What TRL calls a reward function with, besides the columns of the dataset.
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 def check_arguments(args: Any, processing_class: Any, tools: Any, rollout_func: Any, environment_factory: Any) -> None:
@@ -76,11 +80,12 @@ def check_engine(accelerator: Any) -> None:
             raise ValueError(f"the launch asked for {engine}, but accelerate runs {actual.value} instead. {on_cpu}")
 
 
-def check_dataset(dataset: Any, prompts_per_batch: int) -> None:
+def check_dataset(dataset: Any, prompts_per_batch: int, reward_funcs: Any) -> None:
     """Refuse training data that would train nothing, or that trees cannot use. Of a stream, the first rows are read.
 
     Raises:
-        ValueError: The dataset is missing, has too few rows, no `prompt` column, or images.
+        ValueError: The dataset is missing, has too few rows, no `prompt` column, or images; or a reward function needs
+            a column that it has not.
     """
     if dataset is None:
         raise ValueError("train_dataset is None; pass a dataset with a 'prompt' column")
@@ -93,7 +98,7 @@ def check_dataset(dataset: Any, prompts_per_batch: int) -> None:
             "(generation_batch_size / num_generations), so nothing would be trained. Use more rows, or a smaller "
             "per_device_train_batch_size, steps_per_generation or tree"
         )
-    columns = dataset.column_names or list(rows[0])
+    columns = list(rows[0])
     _check_has_prompts("train_dataset", columns)
     for name in IMAGE_COLUMNS:
         if name in columns:
@@ -103,6 +108,8 @@ def check_dataset(dataset: Any, prompts_per_batch: int) -> None:
     if isinstance(rows, list):
         for index, row in enumerate(rows):
             _check_prompt(f"train_dataset[{index}]['prompt']", row["prompt"])
+    for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        _check_reward_func(reward_func, columns)
 
 
 def check_prompts(
@@ -114,8 +121,8 @@ def check_prompts(
 ) -> None:
     """Check each prompt of a dataset, or of each in a dict of datasets: that it is one, and fits the model's context.
 
-    A tokenizer makes at most one token of a byte, so a prompt of few bytes need not be tokenized. Streams are checked
-    batch by batch while they train.
+    A tokenizer makes at most one token of a byte, so a prompt of few bytes need not be tokenized; the first one is, as
+    it shows what is wrong with a chat template. Streams are checked batch by batch while they train.
 
     Raises:
         ValueError: Something is no prompt, or does not fit, or no prompt could: the completion alone fills the
@@ -136,8 +143,28 @@ def check_prompts(
         _check_prompt(f"{name}[{row}]['prompt']", prompt)
         messages = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
         num_bytes = sum(len(message.encode(errors="replace")) for message in messages)
-        if num_bytes == 0 or (max_prompt_length is not None and num_bytes + TEMPLATE_MARGIN > max_prompt_length):
+        is_long = max_prompt_length is not None and num_bytes + TEMPLATE_MARGIN > max_prompt_length
+        if row == 0 or num_bytes == 0 or is_long:
             check_prompt_lengths(tokenize([prompt])[0], max_prompt_length, max_completion_length)
+
+
+def _check_reward_func(reward_func: Any, columns: Sequence[str]) -> None:
+    """Everything that a reward function asks for must be given by TRL or be a column of the dataset."""
+    if not callable(reward_func) or isinstance(reward_func, torch.nn.Module):
+        return
+    try:
+        parameters = inspect.signature(reward_func).parameters.values()
+    except ValueError:  # it is written in C
+        return
+    for parameter in parameters:
+        takes_any = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        is_given = takes_any or parameter.default is not parameter.empty
+        if not is_given and parameter.name not in (*REWARD_ARGUMENTS, *columns):
+            name = getattr(reward_func, "__name__", type(reward_func).__name__)
+            raise ValueError(
+                f"the reward function '{name}' needs '{parameter.name}', but train_dataset has the columns {columns}; "
+                "rename the column that holds it, or give the argument a default"
+            )
 
 
 def _check_has_prompts(name: str, columns: Sequence[str]) -> None:
