@@ -81,6 +81,11 @@ def test_a_tie_of_means_is_a_tie_in_float32():
     assert not is_kept([1000 * mean, 1000 * middle], 0.0) and is_kept([1000 * mean, 1000 * middle], -1.0)
 
 
+def test_pruning_forgives_four_roundings_of_the_largest_value():
+    assert not is_kept([1.0, 0.5 - 4 * 2.0**-24], 0.5)
+    assert is_kept([1.0, 0.5 - 4.5 * 2.0**-24], 0.5)
+
+
 def test_the_mean_is_not_weighted_by_leaves():
     tree = tree_of(2, 4)
     scored = assign(tree, leaf_rewards(tree, [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]))

@@ -274,6 +274,7 @@ def test_counts_are_the_tokens_that_the_positions_stand_for(rows):
     ends = {}
     for row, _, first, column in needed_tokens(rows):
         ends[row] = max(ends.get(row, 0), column - first)
+    assert packed.counts.shape == packed.input_ids.shape
     assert packed.counts.sum() == sum(ends.values())
 
 
@@ -302,6 +303,7 @@ def test_unpacking_puts_values_where_they_were_asked_for_and_the_missing_elsewhe
     assert (unpacked[~rows.needed] == missing).all()
     for row, column, *_ in needed_tokens(rows):
         assert unpacked[row, column] == values[0, packed.source_BT[row, column]]
+    assert (packed.unpack(values)[~rows.needed] == 0).all()
     per_token = torch.randn(rows.needed.shape)
     assert torch.equal(packed.unpack(values, per_token)[~rows.needed], per_token[~rows.needed].double())
 
@@ -325,6 +327,19 @@ def test_what_follows_the_last_token_asked_for_is_not_computed():
     rows = full_tree_rows(1, depth=4, length=16)
     rows.needed[:, 16:] = False  # only the first segments
     assert pack(rows).input_ids.numel() <= 16 * 3 + 1
+
+
+def test_padding_cannot_be_asked_for():
+    rows = pad_rows([[5, 6], [7]], [[8], [9, 2, 3]], NEEDED["all"])
+    everything = pack(Rows(rows.input_ids, rows.attention_mask, torch.ones_like(rows.needed)))
+    assert torch.equal(everything.available_BT, rows.needed)
+    assert torch.equal(everything.input_ids, pack(rows).input_ids)
+    assert torch.equal(everything.labels, pack(rows).labels)
+
+
+def test_nothing_predicts_the_first_token_of_a_row():
+    packed = pack(pad_rows([[], [4]], [[5, 6], [7, 8, 9]], NEEDED["all"]))
+    assert packed.available_BT.tolist() == [[False, True, False], [True, True, True]]
 
 
 def test_equal_rows_are_computed_once():

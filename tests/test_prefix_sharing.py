@@ -424,6 +424,11 @@ def test_the_check_tolerates_what_rounding_explains(monkeypatch, precision, dtyp
         assert is_tolerated or f"differ by up to {difference:.2g}" in str(caught[-1].message)
 
 
+def test_the_check_tolerates_the_tolerance_itself(monkeypatch):
+    fake_difference(monkeypatch, 0.25)
+    assert prefix_sharing(mixed_precision="bf16").can_share(make_model("qwen2"), first_batch())
+
+
 def test_log_probabilities_that_are_not_numbers_do_not_pass_the_check(monkeypatch):
     fake_difference(monkeypatch, float("nan"))
     with pytest.warns(UserWarning, match="differ by up to nan"):
