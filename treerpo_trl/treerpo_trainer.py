@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import get_config_model_id, print_prompt_completions_sample
 
 from .adapters import check_adapter, check_quantization, prepare_adapter
 from .backends import TransformersBackend, VLLMBackend, find_context_length
@@ -40,6 +40,7 @@ from .validation import (
     check_prompt_lengths,
     check_prompts,
 )
+from .views.console import completions_visible
 
 
 class TreeRPOTrainer(ResumableGRPOTrainer):
@@ -131,7 +132,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TreeRPOConfig(f"{model_name.split('/')[-1]}-TreeRPO")
         check_arguments(args, processing_class, tools, rollout_func, environment_factory)
-        check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
+        check_dataset(train_dataset, args.generation_batch_size // args.num_generations, reward_funcs)
         check_quantization(model, quantization_config, peft_config, args.model_init_kwargs)
         check_adapter(model, peft_config, args.beta)
         super().__init__(
@@ -321,6 +322,11 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         """Log the metrics of all processes as one."""
         for name, value in pool(gather_object([metrics])).items():
             self._metrics["train"][name].append(value)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Upstream's, but its table of completions is printed so that what a model wrote cannot steer the terminal."""
+        with completions_visible(self, print_prompt_completions_sample):
+            super().log(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Upstream's; after the last one before an optimizer step, log what that step took."""

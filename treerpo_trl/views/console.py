@@ -1,8 +1,10 @@
-"""A scored tree in the terminal: what each step says, what it is worth, and whether it is trained."""
+"""In the terminal: a scored tree (what each step says, what it is worth, whether it is trained), and completions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.style import Style
@@ -11,7 +13,7 @@ from rich.tree import Tree as RichTree
 
 from ..credit import ScoredTree
 from ..tree import ROOT
-from .text import Tokenizer, decode, leaf_answer, visible
+from .text import Tokenizer, decode, leaf_answer, visible, visible_texts
 
 
 def print_tree(scored: ScoredTree, tokenizer: Tokenizer, console: Console | None = None) -> None:
@@ -35,6 +37,26 @@ def render_tree(scored: ScoredTree, tokenizer: Tokenizer) -> RichTree:
     )
     _add_children(root, scored, ROOT, lambda node: _label(scored, node, tokenizer))
     return root
+
+
+@contextmanager
+def completions_visible(trainer: Any, print_table: Callable[..., None]) -> Iterator[None]:
+    """Within it a trainer prints no completions; then they are printed, with what does not print made visible.
+
+    Args:
+        trainer: A GRPOTrainer, whose table holds texts as a model wrote them, terminal escapes included.
+        print_table: TRL's function for it.
+    """
+    count, trainer.num_completions_to_print = trainer.num_completions_to_print, 0
+    try:
+        yield
+    finally:
+        trainer.num_completions_to_print = count
+    if trainer.log_completions and trainer.accelerator.is_main_process:
+        names = ("prompt", "completion", "rewards", "advantages")
+        columns = [visible_texts(trainer._logs[name]) for name in names]
+        extra = visible_texts(trainer._logs["extra"])
+        print_table(*columns, trainer.state.global_step, count, extra=extra)
 
 
 def _add_children(branch: RichTree, scored: ScoredTree, node: int, label: Callable[[int], Text]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from .document import render_document, script_json
 from .files import INDEX, replacing, step_path
 from .summary import Record, Summary, by_tree, summarise
+from .text import visible
 
 
 SCRIPTS = ("tree.js", "outline.js", "icicle.js", "page.js")
@@ -53,7 +54,7 @@ def render_page(records: Sequence[Record], *, title: str, max_trees: int | None 
         scripts=SCRIPTS,
         slots={
             "name": f"Step {steps[0]:,}" if steps else "No trees",
-            "title": escape(title),
+            "title": escape(visible(title)),
             "numbers": _numbers(summary, len(shown)),
             "step": script_json(
                 {

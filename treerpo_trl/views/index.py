@@ -12,6 +12,7 @@ from .files import INDEX, replacing, step_files, step_path
 from .html import format_number, link_page, write_page
 from .records import read_summary, read_trees
 from .summary import Summary
+from .text import visible
 
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def _write_index(folder: Path, summaries: Mapping[int, Summary]) -> Path:
         scripts=(),
         slots={
             "name": "Trees",
-            "title": escape(run_name(folder)),
+            "title": escape(visible(run_name(folder))),
             "charts": "".join(_chart(name, summaries, *chart) for name, chart in CHARTS.items()),
             "rows": "\n".join(rows),
         },

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Mapping, Sequence
+from numbers import Number
+from typing import Any, Protocol
 
 from ..tree import Tree
 
@@ -33,9 +35,23 @@ def decode(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: 
     return text.encode(errors="replace").decode()
 
 
-def visible(text: str) -> str:
-    """The text on one line: characters that do not print (controls, terminal escapes, joiners) become escapes."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+def visible(text: str, keep: str = "") -> str:
+    """The text on one line: characters that do not print (controls, terminal escapes, joiners) become escapes.
+
+    Args:
+        text: What a model wrote.
+        keep: Characters to leave as they are all the same, such as line breaks.
+    """
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def visible_texts(value: Any) -> Any:
+    """What is in lists and dicts, such as chat messages, made [`visible`] with its lines; numbers stay numbers."""
+    if isinstance(value, Mapping):
+        return {visible_texts(key): visible_texts(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | deque):
+        return list(map(visible_texts, value))
+    return value if value is None or isinstance(value, Number) else visible(str(value), keep="\n")
 
 
 def leaf_answer(tree: Tree, leaf: int, tokenizer: Tokenizer) -> str | None:
