@@ -81,6 +81,15 @@ def test_a_tie_of_means_is_a_tie_in_float32():
     assert not is_kept([1000 * mean, 1000 * middle], 0.0) and is_kept([1000 * mean, 1000 * middle], -1.0)
 
 
+def test_a_tie_of_means_is_a_tie_though_rewards_cancel_out():
+    """The mean of -2.9 and 2.7 is -0.1; of what float32 makes of them it is 5e-8 off, half as much as -0.1 is worth."""
+    tree = tree_of(2, 2)
+    rewards = torch.tensor([-2.9, 2.7, -0.1, -0.1]).tolist()
+    scored = assign(tree, leaf_rewards(tree, rewards), "centered", prune_threshold=0.0)
+    assert scored.values[1] != scored.values[2]
+    assert scored.kept == (False, False, False, True, True, False, False)
+
+
 def test_pruning_forgives_four_roundings_of_the_largest_value():
     assert not is_kept([1.0, 0.5 - 4 * 2.0**-24], 0.5)
     assert is_kept([1.0, 0.5 - 4.5 * 2.0**-24], 0.5)
@@ -186,10 +195,11 @@ def test_the_defaults_are_the_papers():
 def test_kept_is_decided_by_group(forest, rewards, threshold):
     for tree in forest[1]:
         scored = assign(tree, leaf_rewards(tree, rewards), "centered", threshold)
+        scale = max(abs(reward or 0.0) for reward in scored.rewards.values())
         assert not scored.kept[ROOT]
         for group in tree.children:
             valued = [child for child in group if scored.values[child] is not None]
-            keep = is_kept([scored.values[child] for child in valued], threshold)
+            keep = is_kept([scored.values[child] for child in valued], threshold, scale)
             assert all(scored.kept[child] == (keep and child in valued) for child in group)
         assert all(kept or advantage == 0 for kept, advantage in zip(scored.kept, scored.advantages, strict=True))
 

@@ -53,21 +53,25 @@ def back_up(parents: Sequence[int], rewards: Mapping[int, float | None]) -> list
     return values
 
 
-def is_kept(values: Sequence[float], prune_threshold: float | None) -> bool:
+def is_kept(values: Sequence[float], prune_threshold: float | None, scale: float | None = None) -> bool:
     """Keep a group if and only if max - min > tau (TreeRPO, eq. 1-2). A group of fewer than two is never kept.
 
-    A range that exceeds tau by no more than the rounding of its values counts as equal to it: rewards are float32, in
-    which 0.1 - 0.0 is greater than 0.1, and the mean of 0.1, 0.2 and 0.3 is not 0.2.
+    A range that exceeds tau by no more than the rounding of rewards counts as equal to it: they are float32, in which
+    0.1 - 0.0 is greater than 0.1, and the mean of 0.1, 0.2 and 0.3 is not 0.2.
 
     Args:
         values: Values of the group's valued members.
         prune_threshold: tau; `None`, or a negative number, keeps every group of two or more.
+        scale: Largest absolute reward among those that the values are means of. By default that of the values, which
+            is less where rewards cancel out.
     """
     if len(values) < 2:
         return False
     if prune_threshold is None or prune_threshold < 0:
         return True
-    return max(values) - min(values) > prune_threshold + VALUE_ROUNDING * max(map(abs, values))
+    if scale is None:
+        scale = max(map(abs, values))
+    return max(values) - min(values) > prune_threshold + VALUE_ROUNDING * scale
 
 
 def treerpo(values: Sequence[float]) -> list[float]:
@@ -154,11 +158,12 @@ def assign(
     for leaf, reward in rewards.items():
         check_reward(reward, leaf, estimator)
     values = back_up(tree.parents, rewards)
+    scale = max((abs(reward) for reward in rewards.values() if reward is not None), default=0.0)
     advantages, kept = [0.0] * len(values), [False] * len(values)
     for group in tree.children:
         valued = [(child, value) for child in group if (value := values[child]) is not None]
         group_values = [value for _, value in valued]
-        if not is_kept(group_values, prune_threshold):
+        if not is_kept(group_values, prune_threshold, scale):
             continue
         for (child, _), advantage in zip(valued, ESTIMATORS[estimator](group_values), strict=True):
             advantages[child], kept[child] = advantage, True
