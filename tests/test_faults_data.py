@@ -48,19 +48,19 @@ def test_a_prompt_longer_than_the_model_allows_is_refused_in_a_stream(model, mak
         trainer.train()
 
 
-def test_completions_that_fill_the_context_are_make_trainer(model, make_args, dataset):
+def test_completions_that_fill_the_context_are_refused(model, make_args, dataset):
     with pytest.raises(ValueError, match=r"max_completion_length=150 leaves no room .* context of 128 tokens"):
         make_trainer(model, make_args(segment_length=50), dataset)
 
 
-def test_an_empty_prompt_is_make_trainer(model, make_args):
+def test_an_empty_prompt_is_refused(model, make_args):
     rows = Dataset.from_dict({"prompt": ["1=", ""]})
     with pytest.raises(ValueError, match="has no tokens; remove empty prompts"):
         make_trainer(model, make_args(), rows)
 
 
 @pytest.mark.parametrize("rows", [[], [{"prompt": "1="}]])
-def test_a_stream_with_less_than_a_batch_is_make_trainer(model, make_args, rows):
+def test_a_stream_with_less_than_a_batch_is_refused(model, make_args, rows):
     with pytest.raises(ValueError, match=rf"has {len(rows)} rows, but one generation batch takes 2 prompts"):
         make_trainer(model, make_args(), stream_of(rows))
 

@@ -17,8 +17,8 @@ class GradientGuard:
     """Skips the update of a gradient that is not finite, which would make every weight NaN, and counts them.
 
     A single one, of an odd batch, costs an update and a warning. Ten in a row are an error: nothing is learned.
-    Mixed precision fp16 has a guard of its own, the gradient scaler. DeepSpeed makes the update before anyone is
-    asked, so there the first one is an error.
+    Gradients scaled for fp16 have a guard of their own. DeepSpeed makes the update before anyone is asked, so there
+    the first one is an error.
 
     Args:
         accelerator: The trainer's.
@@ -39,8 +39,11 @@ class GradientGuard:
         Raises:
             FloatingPointError: It is the tenth in a row, or the engine has made the update already.
         """
-        scales_its_gradients = self.accelerator.mixed_precision == "fp16"
-        if grad_norm is None or scales_its_gradients or math.isfinite(grad_norm):
+        is_deepspeed = self.accelerator.distributed_type == "DEEPSPEED"
+        is_scaled = self.accelerator.scaler is not None or (
+            is_deepspeed and self.accelerator.mixed_precision == "fp16"
+        )
+        if grad_norm is None or is_scaled or math.isfinite(grad_norm):
             self.skipped_in_a_row = 0
             return False
         what = f"the gradient of step {step} has the norm {float(grad_norm)}"
@@ -48,7 +51,7 @@ class GradientGuard:
             "Rewards, advantages or the difference to the old or reference log-probabilities may be too large, or the "
             "learning rate too high"
         )
-        if self.accelerator.distributed_type == "DEEPSPEED":
+        if is_deepspeed:
             raise FloatingPointError(
                 f"{what}, and DeepSpeed has updated the weights with it. Go on from the last checkpoint. {why}"
             )
