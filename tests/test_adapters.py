@@ -108,7 +108,7 @@ def test_adapted_experts_are_packed_exactly():
     """The experts of a mixture are parameters and not layers: `--lora_target_parameters`."""
     experts = lora(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
     packed, model = pair(experts, "mixtral")
-    assert_exact(packed, model, random_rows(3))
+    assert_exact(packed, model, random_rows(9))
 
 
 def test_the_active_adapter_of_several_is_packed():
@@ -116,7 +116,7 @@ def test_the_active_adapter_of_several_is_packed():
     for model in models:
         torch.manual_seed(2)
         model.add_adapter("second", lora(init_lora_weights=False))
-    rows = random_rows(3)
+    rows = random_rows(9)
     outputs = []
     for active in ("default", "second"):
         for model in models:
@@ -129,7 +129,7 @@ def test_the_active_adapter_of_several_is_packed():
 def test_an_adapter_that_is_switched_off_is_not_packed():
     """How reference log-probabilities are computed. Layers that were saved as a whole are switched off, too."""
     packed, _ = pair(KINDS["saved_head_and_embedding"])
-    rows = random_rows(3)
+    rows = random_rows(9)
     with packed.disable_adapter():
         actual = shared(packed, rows).log_probs
     assert (actual - dense(make_model("qwen2"), rows).log_probs).abs().max() <= EXACT
@@ -138,7 +138,7 @@ def test_an_adapter_that_is_switched_off_is_not_packed():
 def test_dropout_of_packed_rows_is_that_of_dense_rows():
     """Each row's log-probabilities have the same mean over many draws of dropout, within five standard errors."""
     packed, model = (each.train() for each in pair(lora(lora_dropout=0.3)))
-    rows = random_rows(3)
+    rows = random_rows(9)
     draws = {}
     with torch.no_grad():
         for name, compute in {"packed": lambda: shared(packed, rows), "dense": lambda: dense(model, rows)}.items():

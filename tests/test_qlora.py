@@ -100,7 +100,7 @@ def test_the_gradient_is_that_of_the_dequantized_weights(model_path, name, compu
     prepare_adapter(model, beta=0.0)
     for each in (exact, model):
         install(each)
-    rows = random_rows(3)
+    rows = random_rows(9)
     for _ in range(2):
         actual, expected = (loss_gradients(each, rows, compute) for each in (model, exact))
         assert (actual[0] - expected[0])[rows.needed].abs().max() <= 1e-4
