@@ -49,6 +49,11 @@ EXAMPLES = 40  # of each law; the tests themselves draw 100
 
 # Changes that no test can notice, because they change no result: module -> reason -> changes, as they are printed.
 EQUIVALENT: dict[str, dict[str, list[str]]] = {
+    "credit": {
+        "without a reward no group has a value, so nothing is compared": [
+            "assign: …rd is not None), default=0.0)  ->  …rd is not None), default=1.0)",
+        ],
+    },
     "rows": {
         "what stands behind the last node of a path is only looked up for padding, which is masked": [
             "lay_out: …en for node in nodes] + [False] * missing)  ->  …en for node in nodes] + [True] * missing)",

@@ -82,9 +82,9 @@ def test_a_tie_of_means_is_a_tie_in_float32():
 
 
 def test_a_tie_of_means_is_a_tie_though_rewards_cancel_out():
-    """The mean of -2.9 and 2.7 is -0.1, but what float32 makes of it is off by the rounding of 2.9, not of 0.1."""
+    """The mean of -29.1 and 28.9 is -0.1, but what float32 makes of it is off by the rounding of 29, not of 0.1."""
     tree = tree_of(2, 2)
-    rewards = torch.tensor([-2.9, 2.7, -0.1, -0.1]).tolist()
+    rewards = torch.tensor([-29.1, 28.9, -0.1, -0.1]).tolist()
     scored = assign(tree, leaf_rewards(tree, rewards), "centered", prune_threshold=0.0)
     assert scored.values[1] != scored.values[2]
     assert scored.kept == (False, False, False, True, True, False, False)
