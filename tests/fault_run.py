@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -57,6 +58,7 @@ def main(model_path: str, output_dir: str) -> None:
     assert lock.read_text() == holder == f"process {first} on {os.uname().nodename}"
     (folder / "go on").touch()
     ends["first"] = end_of(first) | {"lock": lock.exists()}
+    shutil.rmtree(folder / "out")  # among checkpoints of one second, the one of most steps is kept: not those to come
     for name, death in [("killed", signal.SIGKILL), ("interrupted", signal.SIGINT)]:
         (folder / "waiting").unlink()
         (folder / "go on").unlink(missing_ok=True)
