@@ -8,7 +8,7 @@ from conftest import make_tokenizer, spread_reward
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, print_prompt_completions_sample
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.compatibility import LOSS_TYPES, MAX_COLOCATED_ROWS
@@ -59,6 +59,17 @@ def test_the_seams_of_resuming():
     parts = ["self.save_model(", "self._save_rng_state(", "self.state.save_to_json(", "rotate_checkpoints("]
     places = [source.find(part) for part in parts]
     assert -1 not in places and places == sorted(places), f"a checkpoint is no longer written in the order {parts}"
+
+
+def test_the_seams_of_the_gradients_guard_and_of_the_printed_table():
+    """The norm is asked for before the update, whatever `max_grad_norm` is; 0 completions to print are none."""
+    source = inspect.getsource(Trainer._run_epoch)
+    places = [source.find(part) for part in ("self._get_grad_norm(", "self.optimizer.step()", "model.zero_grad()")]
+    assert -1 not in places and places == sorted(places), "the norm is no longer asked for just before the update"
+    parameters = list(inspect.signature(print_prompt_completions_sample).parameters)
+    expected = ["prompts", "completions", "rewards", "advantages", "step", "num_samples", "extra"]
+    assert parameters == expected, f"the table of completions now takes {parameters}"
+    assert "self.num_completions_to_print" in inspect.getsource(GRPOTrainer.log)
 
 
 def test_the_forward_seam_begins_as_expected():
