@@ -27,7 +27,10 @@ def server(tmp_path_factory):
     for step in (5, 10):
         write_trees(example_records(step), step_path(folder, step))
     command = [sys.executable, "-m", "treerpo_trl.views", str(folder), "--serve", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background processes ignore it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGINT, ignored)
     yield folder, process
     process.kill()
     process.wait()
