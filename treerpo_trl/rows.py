@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .credit import ScoredTree
 from .tree import ROOT, Tree
 
 
@@ -108,6 +109,32 @@ def node_weights(tree: Tree, segment_length: int) -> list[float]:
 
 
 LOSS_WEIGHTINGS: dict[str, Callable[[Tree, int], list[float]]] = {"token": token_weights, "node": node_weights}
+
+
+def credit_tokens(
+    layout: RowLayout, trees: Sequence[ScoredTree], loss_weighting: str, segment_length: int
+) -> tuple[Tensor, Tensor]:
+    """What each token is trained with, and how much it counts in the loss.
+
+    Args:
+        layout: Of the same trees.
+        trees: The scored trees of the batch, in row order.
+        loss_weighting: A name in `LOSS_WEIGHTINGS`.
+        segment_length: L, most tokens of a segment.
+
+    Returns:
+        (B, T) advantage of the token's node; (B, T) weight of the token in the row that owns it, 0 in other rows and
+        on nodes that are not kept.
+    """
+    weigh = LOSS_WEIGHTINGS[loss_weighting]
+    advantage_N: list[float] = []
+    weight_N: list[float] = []
+    for scored in trees:
+        weights = weigh(scored.tree, segment_length)
+        advantage_N += scored.advantages
+        weight_N += [weight * kept for weight, kept in zip(weights, scored.kept, strict=True)]
+    advantage_BT = project(layout.node_BT, torch.tensor(advantage_N))
+    return advantage_BT, project(layout.node_BT, torch.tensor(weight_N)) * layout.owned_BT
 
 
 def shuffle_micro_batches(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
+from .checks.tree_shape import check_trees_fit, derive_tree
 from .compatibility import refuse_oversized_engine, refuse_owned_generation_kwargs, refuse_unsupported
 
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 else:  # what the command line parses
     Branching = list[int]
     Sharing = str
-
-DEFAULT_MAX_DEPTH = 3
-DEFAULT_SEGMENT_LENGTH = 128
 
 
 @dataclass
@@ -162,14 +159,14 @@ class TreeRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        self._derive_tree()
+        derive_tree(self)
         self.prefix_sharing = {"true": True, "false": False}.get(str(self.prefix_sharing).lower(), self.prefix_sharing)
         refuse_unsupported(self)
         self._check_tree_log()
         if self.generation_batch_size is None:
-            self._check_trees_fit(self.steps_per_generation or self.gradient_accumulation_steps)
+            check_trees_fit(self, self.steps_per_generation or self.gradient_accumulation_steps)
         super().__post_init__()  # resolves steps_per_generation, and parses generation_kwargs from the command line
-        self._check_trees_fit(self.steps_per_generation)
+        check_trees_fit(self, self.steps_per_generation)
         refuse_owned_generation_kwargs(self)
         refuse_oversized_engine(self)
 
@@ -203,58 +200,6 @@ class TreeRPOConfig(GRPOConfig):
         }
         return cls(output_dir=output_dir, **{**PAPER_SETTING, **batch, **overrides})
 
-    def _derive_tree(self) -> None:
-        """Resolve branching_factor, max_depth, segment_length, num_generations and max_completion_length."""
-        given: Any = self.branching_factor
-        branching = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-        if not branching or not all(type(number) is int for number in branching):
-            raise TypeError(
-                f"branching_factor is {given!r}; give a whole number, or a list with one for each depth of the tree"
-            )
-        if self.max_depth is None:
-            self.max_depth = len(branching) if len(branching) > 1 else DEFAULT_MAX_DEPTH
-        if self.max_depth < 1:
-            raise ValueError(f"max_depth is {self.max_depth}; a tree is at least 1 deep")
-        if len(branching) == 1:
-            branching *= self.max_depth
-        if len(branching) != self.max_depth:
-            raise ValueError(
-                f"branching_factor {branching} has {len(branching)} numbers, but max_depth is {self.max_depth}; give "
-                "one number for every depth, or one per depth"
-            )
-        if min(branching) < 2:
-            raise ValueError(
-                f"branching_factor {branching} has a number below 2; an only child has no sibling to be compared "
-                "with, so its tokens would never be trained. Use 2 or more at every depth"
-            )
-        self.branching_factor = branching
-        leaves = math.prod(branching)
-        if self.num_generations not in (None, leaves):
-            raise ValueError(
-                f"branching_factor {branching} over max_depth {self.max_depth} makes {leaves} leaves, but "
-                f"num_generations is {self.num_generations}; leave num_generations unset or set it to {leaves}"
-            )
-        self.num_generations = leaves
-        if self.max_frontier_rows < 1:
-            raise ValueError(f"max_frontier_rows is {self.max_frontier_rows}; at least one row must be decoded")
-        self._derive_lengths(self.max_depth)
-
-    def _derive_lengths(self, depth: int) -> None:
-        if self.segment_length is None:
-            given = self.max_completion_length
-            self.segment_length = DEFAULT_SEGMENT_LENGTH if given is None else math.ceil(given / depth)
-        if self.segment_length < 1:
-            raise ValueError(f"segment_length is {self.segment_length}; a segment has at least one token")
-        most = depth * self.segment_length
-        if self.max_completion_length is None:
-            self.max_completion_length = most
-        if not most - self.segment_length < self.max_completion_length <= most:
-            raise ValueError(
-                f"max_completion_length is {self.max_completion_length}, but {depth} segments of "
-                f"{self.segment_length} tokens make completions of {most - self.segment_length + 1} to {most}; leave "
-                f"max_completion_length unset, or leave segment_length unset to have it derived"
-            )
-
     def _check_tree_log(self) -> None:
         if self.log_trees_steps is not None and not self.log_trees:
             raise ValueError(
@@ -265,22 +210,6 @@ class TreeRPOConfig(GRPOConfig):
             raise ValueError(f"log_trees_steps is {self.log_trees_steps}; trees are written every 1 or more steps")
         if self.num_trees_to_print < 0:
             raise ValueError(f"num_trees_to_print is {self.num_trees_to_print}; use 0 to print none")
-
-    def _check_trees_fit(self, steps_per_generation: int) -> None:
-        """A whole tree lives on one process, so a process must generate a whole number of trees."""
-        batch, leaves = self.per_device_train_batch_size, self.num_generations or 1
-        if batch * steps_per_generation % leaves == 0:
-            return
-        fitting = math.lcm(batch, leaves) // batch
-        fix = f"steps_per_generation={math.ceil(steps_per_generation / fitting) * fitting}"
-        if self.steps_per_generation is None or self.steps_per_generation == self.gradient_accumulation_steps:
-            fix = f"{fix} (or gradient_accumulation_steps, which it defaults to)"
-        raise ValueError(
-            f"per_device_train_batch_size ({batch}) x steps_per_generation ({steps_per_generation}) = "
-            f"{batch * steps_per_generation} rows a process is not a multiple of num_generations ({leaves}, the "
-            f"leaves of a tree), but a whole tree lives on one process. Use {fix}, or "
-            f"per_device_train_batch_size={leaves}"
-        )
 
 
 PAPER_SETTING: dict[str, Any] = {

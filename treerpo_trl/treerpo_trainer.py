@@ -26,7 +26,7 @@ from .model_card import write_model_card
 from .numerics import GradientGuard
 from .prefix_sharing import PrefixSharing
 from .resuming import ResumableGRPOTrainer
-from .rows import LOSS_WEIGHTINGS, lay_out, project, shuffle_micro_batches, slots
+from .rows import credit_tokens, lay_out, shuffle_micro_batches, slots
 from .sampling import TreeShape, grow
 from .scoring import DistinctRows, RowRewards, score_once
 from .timing import PhaseTimer, timed
@@ -280,15 +280,12 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             width=completion_mask.size(1),
             active_B=completion_mask.any(dim=1).tolist(),  # mask_truncated_completions empties rows
         )
-        weigh = LOSS_WEIGHTINGS[self.args.loss_weighting]
-        advantage_N: list[float] = []
-        weight_N: list[float] = []
-        for scored in self.last_trees:
-            weights = weigh(scored.tree, self.tree_shape.segment_length)
-            advantage_N += scored.advantages
-            weight_N += [weight * kept for weight, kept in zip(weights, scored.kept, strict=True)]
-        advantages = project(layout.node_BT, torch.tensor(advantage_N)).to(device)
-        loss_mask = (project(layout.node_BT, torch.tensor(weight_N)) * layout.owned_BT).to(device)
+        advantages, loss_mask = (
+            values.to(device)
+            for values in credit_tokens(
+                layout, self.last_trees, self.args.loss_weighting, self.tree_shape.segment_length
+            )
+        )
         self._log_row_advantages(advantages, (layout.node_BT >= 0).to(device))
         rewards = self._rewards
         self._log_pooled(tree_metrics(self.last_trees, self.tree_shape.branching, rewards.distinct, rewards.by_func))

@@ -1,0 +1,1 @@
+"""What is refused, and what is derived, before any training time is spent."""

@@ -1,0 +1,94 @@
+"""The shape of the tree that a configuration asks for: what is derived, and whether a batch holds whole trees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+DEFAULT_MAX_DEPTH = 3
+DEFAULT_SEGMENT_LENGTH = 128
+
+
+def derive_tree(config: Any) -> None:
+    """Resolve branching_factor, max_depth, segment_length, num_generations and max_completion_length.
+
+    Args:
+        config: A TreeRPOConfig, whose fields are set.
+
+    Raises:
+        TypeError: The branching factor is no whole number and no list of them.
+        ValueError: The fields contradict each other, or no tree can have that shape.
+    """
+    given: Any = config.branching_factor
+    branching = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not branching or not all(type(number) is int for number in branching):
+        raise TypeError(
+            f"branching_factor is {given!r}; give a whole number, or a list with one for each depth of the tree"
+        )
+    if config.max_depth is None:
+        config.max_depth = len(branching) if len(branching) > 1 else DEFAULT_MAX_DEPTH
+    if config.max_depth < 1:
+        raise ValueError(f"max_depth is {config.max_depth}; a tree is at least 1 deep")
+    if len(branching) == 1:
+        branching *= config.max_depth
+    if len(branching) != config.max_depth:
+        raise ValueError(
+            f"branching_factor {branching} has {len(branching)} numbers, but max_depth is {config.max_depth}; give "
+            "one number for every depth, or one per depth"
+        )
+    if min(branching) < 2:
+        raise ValueError(
+            f"branching_factor {branching} has a number below 2; an only child has no sibling to be compared "
+            "with, so its tokens would never be trained. Use 2 or more at every depth"
+        )
+    config.branching_factor = branching
+    leaves = math.prod(branching)
+    if config.num_generations not in (None, leaves):
+        raise ValueError(
+            f"branching_factor {branching} over max_depth {config.max_depth} makes {leaves} leaves, but "
+            f"num_generations is {config.num_generations}; leave num_generations unset or set it to {leaves}"
+        )
+    config.num_generations = leaves
+    if config.max_frontier_rows < 1:
+        raise ValueError(f"max_frontier_rows is {config.max_frontier_rows}; at least one row must be decoded")
+    _derive_lengths(config, config.max_depth)
+
+
+def _derive_lengths(config: Any, depth: int) -> None:
+    if config.segment_length is None:
+        given = config.max_completion_length
+        config.segment_length = DEFAULT_SEGMENT_LENGTH if given is None else math.ceil(given / depth)
+    if config.segment_length < 1:
+        raise ValueError(f"segment_length is {config.segment_length}; a segment has at least one token")
+    most = depth * config.segment_length
+    if config.max_completion_length is None:
+        config.max_completion_length = most
+    if not most - config.segment_length < config.max_completion_length <= most:
+        raise ValueError(
+            f"max_completion_length is {config.max_completion_length}, but {depth} segments of "
+            f"{config.segment_length} tokens make completions of {most - config.segment_length + 1} to {most}; leave "
+            f"max_completion_length unset, or leave segment_length unset to have it derived"
+        )
+
+
+def check_trees_fit(config: Any, steps_per_generation: int) -> None:
+    """A whole tree lives on one process, so a process must generate a whole number of trees.
+
+    Raises:
+        ValueError: It would not; the message has the three numbers and values that work.
+    """
+    batch, leaves = config.per_device_train_batch_size, config.num_generations or 1
+    if batch * steps_per_generation % leaves == 0:
+        return
+    fitting = math.lcm(batch, leaves) // batch
+    fix = f"steps_per_generation={math.ceil(steps_per_generation / fitting) * fitting}"
+    if config.steps_per_generation is None or config.steps_per_generation == config.gradient_accumulation_steps:
+        fix = f"{fix} (or gradient_accumulation_steps, which it defaults to)"
+    raise ValueError(
+        f"per_device_train_batch_size ({batch}) x steps_per_generation ({steps_per_generation}) = "
+        f"{batch * steps_per_generation} rows a process is not a multiple of num_generations ({leaves}, the "
+        f"leaves of a tree), but a whole tree lives on one process. Use {fix}, or "
+        f"per_device_train_batch_size={leaves}"
+    )
