@@ -33,10 +33,12 @@ MAY_IMPORT = {
     "model_card": {"huggingface_hub"},
     "checkpoints": {"accelerate", "torch"},
     "locking": set(),
+    "running": {"accelerate", "peft", "safetensors", "torch", "transformers"},
     "resuming": {
         "treerpo_trl.checkpoints",
         "treerpo_trl.credit",
         "treerpo_trl.locking",
+        "treerpo_trl.running",
         "treerpo_trl.tree",
         "accelerate",
         "datasets",

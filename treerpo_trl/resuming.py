@@ -8,16 +8,16 @@ order of the data in later epochs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from datasets import IterableDataset
 from torch import Tensor
-from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOTrainer
 
@@ -39,6 +39,8 @@ from .checkpoints import (
 )
 from .credit import ScoredTree
 from .locking import claim
+from .running.step_end_checkpoint import StepEndCheckpoint
+from .running.weights import restore_weights
 from .tree import Node, Tree
 
 
@@ -104,6 +106,20 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if self.args.should_save:
             seal(output_dir, settings_of(self), is_mid_generation(self))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Upstream passes over weights that it finds no place for; here all come back."""
+        self._restore(resume_from_checkpoint, partial(super()._load_from_checkpoint, resume_from_checkpoint, model))
+
+    def _load_best_model(self) -> None:
+        """The same for the best checkpoint, at the end."""
+        self._restore(self.state.best_model_checkpoint, super()._load_best_model)
+
+    def _restore(self, checkpoint: str, load: Callable[[], None]) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            load()  # their own files hold the model's own names, and they are strict
+        else:
+            restore_weights(self.accelerator.unwrap_model(self.model), checkpoint, load)
+
     def _load_rng_state(self, checkpoint: str) -> None:
         """Called when the first step after the checkpoint is about to begin."""
         self._pending = None
@@ -158,44 +174,6 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 f"{checkpoint} holds the moving reference model (sync_ref_model=True) in {saved} shards, but there "
                 f"are {now} processes; use {saved}, or start from its weights: model='{checkpoint}'"
             )
-
-
-class StepEndCheckpoint(JITCheckpointCallback):
-    """Upstream's answer to SIGTERM (`enable_jit_checkpoint`) at the end of the step, by all processes together.
-
-    Upstream's saves amid a step, too, whose trees a run that goes on would not have; before what is due after the
-    step, which would then be missing; and each process for itself.
-
-    Args:
-        trainer: Makes the checkpoint.
-        jit_manager: What upstream has set up; it notes the signal.
-    """
-
-    def __init__(self, trainer: Any, jit_manager: Any):
-        super().__init__()
-        self.trainer, self.jit_manager = trainer, jit_manager
-        self.has_ended = False
-
-    on_pre_optimizer_step = on_step_begin = TrainerCallback.on_step_begin  # nothing there
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Where any process was told to end, all save, after what is due now, and end."""
-        self.has_ended = any(gather_object([self.jit_manager.is_checkpoint_requested]))
-        if not self.has_ended:
-            return
-        self.jit_manager.is_checkpoint_requested = False
-        if control.should_evaluate:  # which may take longer than is left; if not, the checkpoint is made again
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
-        control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Upstream takes any end for that of an epoch."""
-        if not self.has_ended:
-            return
-        if state.epoch % 1:
-            control.should_log = control.should_evaluate = control.should_save = False
-        elif control.should_log or control.should_evaluate:
-            control.should_save = True
 
 
 def settings_of(trainer: Any) -> dict[str, Any]:
