@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from conftest import free_port
@@ -228,26 +229,35 @@ def test_it_holds_for_two_processes_and_a_checkpoint_takes_the_parts_of_both(slo
     assert_same(slow_runs / "ddp", slow_runs / "ddp unbroken", processes=2)
 
 
-@pytest.mark.slow
-def test_it_holds_for_shards_and_a_reference_in_shards(model_path, tmp_path):
-    """FSDP2, launched as a user does; process 0 dies, and the launcher ends the other."""
-    options = {"steps_per_generation": 2, "sync_ref_model": True, "ref_model_sync_steps": 1}
+def play_launched(engine: str, model_path: str, folder: Path, options: dict) -> None:
+    """An unbroken run, and one whose process 0 dies and that is resumed, launched as a user does."""
     killed = Scenario(options=options, kills=[("in a reward function", 4)])
     launches = [
         {"unbroken": Scenario(options=options), "killed": killed},
         {"killed": Scenario(options=options, resume=[True])},
     ]
     for launch in launches:
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            "accelerate_configs/fsdp2_cpu.yaml",
-        ]
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", f"accelerate_configs/{engine}_cpu.yaml"]
         command += ["--main_process_port", str(free_port()), "examples/on_cpu.py", "tests/resume_run.py", model_path]
-        command += [str(tmp_path), *(f"{name}={json.dumps(asdict(scenario))}" for name, scenario in launch.items())]
+        command += [str(folder), *(f"{name}={json.dumps(asdict(scenario))}" for name, scenario in launch.items())]
         result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        # The launcher ends the other process.
         assert (result.returncode == 0) == (launch is launches[-1]), result.stderr[-3000:]
-    assert seen_in(tmp_path / "killed")["start"] == 3
+    assert seen_in(folder / "killed")["start"] == 3
+
+
+@pytest.mark.slow
+def test_it_holds_for_shards_and_a_reference_in_shards(model_path, tmp_path):
+    options = {"steps_per_generation": 2, "sync_ref_model": True, "ref_model_sync_steps": 1}
+    play_launched("fsdp2", model_path, tmp_path, options)
+    assert_same(tmp_path / "killed", tmp_path / "unbroken", processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["multi", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_it_holds_for_a_mixture_of_experts(engine, tmp_path):
+    """Whose experts are cut up in the files of the Hub's format, but not in those of sharded engines."""
+    families.make_model("qwen3_moe").save_pretrained(tmp_path / "model")
+    play_launched(engine, str(tmp_path / "model"), tmp_path, {"steps_per_generation": 2})
     assert_same(tmp_path / "killed", tmp_path / "unbroken", processes=2)

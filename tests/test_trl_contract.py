@@ -45,13 +45,15 @@ def test_the_seams_of_resuming():
         "_save_checkpoint": ["model", "trial"],
         "_save_rng_state": ["output_dir"],
         "_load_rng_state": ["checkpoint"],
+        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_load_best_model": [],
         "_get_train_sampler": ["dataset"],
     }
     for name, expected in seams.items():
         parameters = [name for name in inspect.signature(getattr(GRPOTrainer, name)).parameters if name != "self"]
         assert parameters == expected, f"GRPOTrainer.{name} now takes {parameters}"
     for name, value in vars(ResumableGRPOTrainer).items():
-        if inspect.isfunction(value) and name != "_check_reference":
+        if inspect.isfunction(value) and name not in ("_check_reference", "_restore"):
             assert hasattr(GRPOTrainer, name), f"GRPOTrainer.{name} is gone; what it put back would be lost"
     for name in ("shuffle", "num_samples", "generator"):
         assert f"self.{name} = " in inspect.getsource(RepeatSampler), f"TRL's sampler no longer has {name}"

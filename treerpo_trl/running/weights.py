@@ -99,11 +99,9 @@ def _lost_from_adapters(model: PeftModel, folder: str | Path) -> list[str]:
     for adapter, files in _adapter_folders(model, folder):
         saved = get_peft_model_state_dict(model, adapter_name=adapter)
         saved_places |= {tensor.data_ptr() for tensor in saved.values()}
-        lost += [
-            name
-            for name, tensor in load_peft_weights(str(files), device="cpu").items()
-            if name not in saved or not _is_same(saved[name], tensor)
-        ]
+        read = load_peft_weights(str(files), device="cpu")
+        lost += [name for name in {**saved, **read} if not (name in saved and name in read)]
+        lost += [name for name in read if name in saved and not _is_same(saved[name], read[name])]
     lost += [
         name
         for name, parameter in model.named_parameters()
