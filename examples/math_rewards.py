@@ -50,8 +50,8 @@ def boxed_math_accuracy_reward(
 ) -> list[float | None]:
     r"""`math_accuracy_reward` of what stands in the completion's last `\boxed`; 0 without one.
 
-    It is the reward of TreeRPO's authors: their prompt asks for a box, and only what is in it counts. math-verify alone
-    also takes other formulas, and joins neighbouring boxes, while a gold answer of MATH is the last box of its solution.
+    As with TreeRPO's authors, whose prompt asks for a box, only what is in it counts. math-verify alone takes other
+    formulas too, and joins neighbouring boxes; but the gold answer of a MATH problem is the last box of its solution.
 
     Args:
         completions: Chat completions, each a list of one message.

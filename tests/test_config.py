@@ -164,7 +164,8 @@ def test_the_papers_setting():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "max_steps"), [({}, 600), ({"num_train_epochs": 2}, -1), ({"num_train_epochs": 2, "max_steps": 9}, 9)]
+    ("overrides", "max_steps"),
+    [({}, 600), ({"num_train_epochs": 2}, -1), ({"num_train_epochs": 2, "max_steps": 9}, 9)],
 )
 def test_epochs_replace_the_papers_steps(overrides, max_steps):
     """transformers ignores num_train_epochs where max_steps is set."""

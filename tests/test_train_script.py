@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from treerpo_trl import TreeRPOConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import train
+from train_data import NEED_SOLUTION
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,6 +225,11 @@ def test_recipe_names_data_options():
     assert script_args.reward_funcs == ["boxed_math_accuracy_reward"]
     assert script_args.system_prompt.endswith(r"\boxed{{}}.")
     assert (model_args.dtype, model_args.use_peft) == ("float32", False)
+
+
+def test_rewards_that_compare_with_a_solution_are_checked_for_one():
+    comparing = {name for name, function in train.REWARD_FUNCS.items() if "solution" in signature(function).parameters}
+    assert comparing == set(NEED_SOLUTION)
 
 
 def test_help_shows_the_tree_options(capsys):
