@@ -23,8 +23,8 @@ class Benchmark:
     system_prompt: str | None = None
 
 
-# As Qwen2.5-Math is evaluated.
-BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+# The prompt of the paper's authors, whose data have the braces twice.
+BOXED = "Please reason step by step, and put your final answer within \\boxed{{}}."
 # The four of the paper's table. The answers of the first three are strings (numbers or LaTeX); those of OlympiadBench
 # are lists of one string, in which several values that are all asked for stand side by side ("$69$,$84$").
 BENCHMARKS = {

@@ -5,12 +5,13 @@
 # ///
 r"""Evaluate a model on math benchmarks, or on any dataset with any reward functions, and compare two such runs.
 
-The paper's four benchmarks, 8 responses a problem; `--engine vllm` needs `treerpo-trl[math,vllm]`:
+The paper's four benchmarks, as it measures them; `--engine vllm` needs `treerpo-trl[math,vllm]`:
 
     python examples/evaluate.py \
         --model_name_or_path Qwen/Qwen2.5-Math-1.5B \
         --dataset_name math500 aime24 minerva olympiadbench \
-        --num_samples 8 --temperature 0.6 --max_completion_length 3072 \
+        --reward_funcs boxed_math_accuracy_reward \
+        --num_samples 8 --temperature 0.6 --max_completion_length 1152 \
         --engine vllm --output_dir eval/base
 
 Any dataset of the Hub, local folder or file, with the options of `train.py`:

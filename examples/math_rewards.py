@@ -1,7 +1,9 @@
-r"""A reward for MATH-style answers: TRL's `accuracy_reward`, for gold answers and responses in everyday LaTeX.
+r"""Rewards for MATH-style answers: TRL's `accuracy_reward`, for gold answers and responses in everyday LaTeX.
 
 TRL's reward asks for gold answers inside a formula and for responses with every brace written out. MATH's golds are
 bare, and its own solutions write `\frac43` and `\sqrt2`, which TeX reads as `\frac{4}{3}` and `\sqrt{2}`.
+
+`math_accuracy_reward` takes an answer from any formula, `boxed_math_accuracy_reward` from the last `\boxed` only.
 """
 
 import re
@@ -17,6 +19,9 @@ COMMAND = re.compile(r"\\(" + "|".join(NUM_ARGUMENTS) + r")(?![a-zA-Z])")
 # What TeX takes as an argument: a command, or a single character that is no delimiter of something else.
 ARGUMENT = re.compile(r"\s*(\\[a-zA-Z]+|[^\s\\{}$&^_\]])")
 OPTION = re.compile(r"\s*\[[^\[\]]*\]")
+BOX = re.compile(r"\\boxed(?![a-zA-Z])")
+OPENING_BRACE = re.compile(r"\s*\{")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # the first alternative steps over an escaped brace
 
 
 def math_accuracy_reward(
@@ -37,19 +42,50 @@ def math_accuracy_reward(
     return accuracy_reward(braced, [add_braces(to_solution(gold)) for gold in solution], log_extra=log_extra)
 
 
+def boxed_math_accuracy_reward(
+    completions: list[list[dict[str, str]]],
+    solution: list[str],
+    log_extra: Callable[[str, list[Any]], None] | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    r"""`math_accuracy_reward` of what stands in the completion's last `\boxed`; 0 without one.
+
+    As with TreeRPO's authors, whose prompt asks for a box, only what is in it counts. math-verify alone takes other
+    formulas too, and joins neighbouring boxes; but the gold answer of a MATH problem is the last box of its solution.
+
+    Args:
+        completions: Chat completions, each a list of one message.
+        solution: Gold answers, as for `math_accuracy_reward`. Of a text with boxes the last one is the answer.
+        log_extra: Adds columns to the completions table; see `accuracy_reward`.
+        **kwargs: The dataset's other columns; not used.
+    """
+    boxed = [[{**message, "content": last_box(message["content"])} for message in turn] for turn in completions]
+    golds = [to_solution(gold) for gold in solution]
+    return math_accuracy_reward(boxed, [last_box(gold) or gold for gold in golds], log_extra=log_extra)
+
+
+def last_box(text: str) -> str:
+    r"""The last `\boxed{...}` of a text, or "" if there is none or the last one does not end.
+
+    As in TeX, `\boxed 5` is a box, with one character. `\fbox` is not one: no prompt asks for it.
+    """
+    boxes = list(BOX.finditer(text))
+    argument = take_argument(text, boxes[-1].end())[0] if boxes else ""
+    return "\\boxed" + argument if argument else ""
+
+
 def add_braces(text: str) -> str:
     r"""Write out the braces of fractions and roots, as TeX reads them: `\frac43` becomes `\frac{4}{3}`."""
-    pieces, position = [], 0
-    while command := COMMAND.search(text, position):
-        pieces.append(text[position : command.end()])
-        position = command.end()
+    for command in reversed(list(COMMAND.finditer(text))):  # from the right, so that arguments are done already
+        pieces, position = [text[: command.end()]], command.end()
         if command[1] == "sqrt" and (option := OPTION.match(text, position)):
             pieces.append(option[0])
             position = option.end()
         for _ in range(NUM_ARGUMENTS[command[1]]):
             argument, position = take_argument(text, position)
             pieces.append(argument)
-    return "".join([*pieces, text[position:]])
+        text = "".join([*pieces, text[position:]])
+    return text
 
 
 def take_argument(text: str, start: int) -> tuple[str, int]:
@@ -58,11 +94,9 @@ def take_argument(text: str, start: int) -> tuple[str, int]:
         if COMMAND.match(argument[1]):  # an argument with arguments of its own, which TeX itself refuses
             return "", start
         return "{" + argument[1] + "}", argument.end()
-    opening = re.compile(r"\s*\{").match(text, start)
-    if opening is None:
-        return "", start
-    depth, position = 1, opening.end()
-    while depth and position < len(text):
-        depth += {"{": 1, "}": -1}.get(text[position], 0) if text[position - 1] != "\\" else 0
-        position += 1
-    return "{" + add_braces(text[opening.end() : position - 1]) + "}" if not depth else text[start:position], position
+    opening, depth = OPENING_BRACE.match(text, start), 1
+    for brace in BRACE.finditer(text, opening.end()) if opening else ():
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if not depth:
+            return text[opening.end() - 1 : brace.end()], brace.end()
+    return "", start

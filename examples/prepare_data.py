@@ -7,7 +7,7 @@ r"""Write a dataset with the columns `prompt` and `solution`, as `train.py` woul
 
     python examples/prepare_data.py --dataset_name DigitalLearningGmbH/MATH-lighteval \
         --dataset_prompt_column problem --dataset_solution_column solution \
-        --system_prompt "Please reason step by step, and put your final answer within \boxed{}." \
+        --system_prompt "Please reason step by step, and put your final answer within \boxed{{}}." \
         --model_name_or_path Qwen/Qwen2.5-Math-1.5B --max_prompt_length 512 --output_dir math_prompts
 
 Afterwards `dataset_name: math_prompts` loads it.

@@ -50,7 +50,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
-from math_rewards import math_accuracy_reward
+from math_rewards import boxed_math_accuracy_reward, math_accuracy_reward
 from train_data import drop_long_prompts, load_split, set_columns
 from transformers import AutoProcessor
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
@@ -69,6 +69,7 @@ from treerpo_trl.checkpoints import last_complete_checkpoint
 REWARD_FUNCS: dict[str, Callable] = {
     "accuracy_reward": accuracy_reward,
     "math_accuracy_reward": math_accuracy_reward,
+    "boxed_math_accuracy_reward": boxed_math_accuracy_reward,
     "reasoning_accuracy_reward": reasoning_accuracy_reward,
     "think_format_reward": think_format_reward,
     "get_soft_overlong_punishment": get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256),
@@ -88,6 +89,7 @@ class TreeRPOScriptArguments(ScriptArguments):
             Reward functions to use. Supported values are:
                 - `"accuracy_reward"`
                 - `"math_accuracy_reward"` (the same, for bare gold answers and LaTeX such as `\\frac43`)
+                - `"boxed_math_accuracy_reward"` (the same, of the last `\\boxed` only, as the paper's authors)
                 - `"reasoning_accuracy_reward"`
                 - `"think_format_reward"`
                 - `"get_soft_overlong_punishment"` (used values are `max_completion_len=1280`, `soft_punish_cache=256`)
@@ -112,9 +114,9 @@ class TreeRPOScriptArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Reward functions to use. Supported values are: `accuracy_reward`, `math_accuracy_reward`, "
-            "`reasoning_accuracy_reward`, `think_format_reward`, `get_soft_overlong_punishment` (used values are "
-            "`max_completion_len=1280`, `soft_punish_cache=256`), or any dotted import path (e.g., "
-            "`'my_lib.rewards.custom_reward'`)."
+            "`boxed_math_accuracy_reward`, `reasoning_accuracy_reward`, `think_format_reward`, "
+            "`get_soft_overlong_punishment` (used values are `max_completion_len=1280`, `soft_punish_cache=256`), or "
+            "any dotted import path (e.g., `'my_lib.rewards.custom_reward'`)."
         },
     )
     dataset_prompt_column: str | None = field(

@@ -12,7 +12,12 @@ from trl import is_conversational
 
 FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 # Rewards that compare with a column `solution`, and those that read chat messages.
-NEED_SOLUTION = ("accuracy_reward", "math_accuracy_reward", "reasoning_accuracy_reward")
+NEED_SOLUTION = (
+    "accuracy_reward",
+    "math_accuracy_reward",
+    "boxed_math_accuracy_reward",
+    "reasoning_accuracy_reward",
+)
 NEED_MESSAGES = (*NEED_SOLUTION, "think_format_reward")
 # What math-verify finds an answer in. After a backslash a dollar is an amount of money, and a bracket a line's height.
 MARKED_ANSWER = re.compile(r"(?<!\\)(\$|\\\(|\\\[|\\boxed)")

@@ -152,10 +152,21 @@ def test_the_papers_setting():
     assert (config.branching_factor, config.segment_length) == ([8, 8, 8], 384)
     assert (config.num_generations, config.max_completion_length) == (512, 1152)
     assert (config.temperature, config.beta, config.entropy_coef, config.epsilon) == (0.6, 0.001, 0.001, 0.2)
-    assert (config.learning_rate, config.lr_scheduler_type) == (1e-6, "constant")
+    assert (config.learning_rate, config.lr_scheduler_type, config.weight_decay) == (1e-6, "constant", 0.01)
+    assert config.use_bias_correction_kl is False
     rows = 8 * config.per_device_train_batch_size * config.steps_per_generation
     assert rows == 128 * 512  # 128 prompts a step
     assert config.steps_per_generation == 2 * config.gradient_accumulation_steps  # two updates a batch
+    assert config.max_steps == 300 * 2
     assert TreeRPOConfig.paper("out", bf16=False, learning_rate=1e-5).learning_rate == 1e-5
     with pytest.raises(ValueError, match=r"num_processes=3 .* use powers of two"):
         TreeRPOConfig.paper("out", num_processes=3, bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "max_steps"),
+    [({}, 600), ({"num_train_epochs": 2}, -1), ({"num_train_epochs": 2, "max_steps": 9}, 9)],
+)
+def test_epochs_replace_the_papers_steps(overrides, max_steps):
+    """transformers ignores num_train_epochs where max_steps is set."""
+    assert TreeRPOConfig.paper("out", bf16=False, **overrides).max_steps == max_steps

@@ -532,19 +532,20 @@ def test_named_benchmarks(folder, name, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "num_rows", "num_right"),
-    [("math500", 500, 492), ("aime24", 30, 30), ("minerva", 272, 272), ("olympiadbench", 675, 672)],
+    ("name", "num_rows", "num_right", "num_boxed"),
+    [("math500", 500, 492, 500), ("aime24", 30, 30, 30), ("minerva", 272, 272, 272), ("olympiadbench", 675, 672, 672)],
 )
-def test_verifier_accepts_the_right_answers_of_the_benchmarks(name, num_rows, num_right):
-    r"""What it misses is what LaTeX takes but math-verify, which reads responses strictly, does not (\frac43)."""
+@pytest.mark.parametrize("reward", ["accuracy_reward", "boxed_math_accuracy_reward"])
+def test_verifier_accepts_the_right_answers_of_the_benchmarks(name, num_rows, num_right, num_boxed, reward):
+    r"""TRL's misses what LaTeX takes but math-verify, which reads responses strictly, does not (\frac43)."""
     benchmark = benchmarks.find_benchmark(find_data(name), None, "prompt", "reward_model.ground_truth", None)
-    problems = benchmarks.load_problems(benchmark, None, ["accuracy_reward"])
+    problems = benchmarks.load_problems(benchmark, None, [reward])
     assert len(problems) == num_rows
     (verifier,) = map(benchmarks.any_of_solutions, train.load_reward_funcs(train.TreeRPOScriptArguments(
-        reward_funcs=["accuracy_reward"])))  # fmt: skip
+        reward_funcs=[reward])))  # fmt: skip
     solutions = [problem["solutions"] for problem in problems]
     answers = [several[0].replace("\\$", "").replace("$", "") for several in solutions]
     completions = [[{"role": "assistant", "content": f"So it is $\\boxed{{{answer}}}$."}] for answer in answers]
     rewards = verifier(completions=completions, solutions=solutions)
-    assert sum(reward == 1 for reward in rewards) >= num_right
-    assert not any(math.isnan(reward or 0) for reward in rewards)
+    assert sum(score == 1 for score in rewards) >= (num_boxed if reward.startswith("boxed") else num_right)
+    assert not any(math.isnan(score or 0) for score in rewards)

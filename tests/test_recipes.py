@@ -20,6 +20,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import free_port
 from datasets import load_dataset
+from paper_data import find_data
 from test_train_script import MY_REWARDS
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import GRPOConfig, TrlParser
@@ -33,6 +34,7 @@ from treerpo_trl.tree import Segment
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import evaluate
+import math_rewards
 import prepare_data
 import train
 
@@ -42,6 +44,8 @@ EXAMPLES = ROOT / "examples"
 README = (EXAMPLES / "README.md").read_text()
 SECTION = README.split("\n## The paper's comparison\n")[1].split("\n## ")[0]
 SIZES = ("1.5b", "7b")
+GRPO = {"grpo": 8, "grpo_equal_tokens": 64}  # responses a prompt
+METHODS = ("treerpo", *GRPO)
 RECIPES = sorted(path.name for path in (EXAMPLES / "recipes").glob("*.yaml"))
 # What a recipe for GRPO may set otherwise than that for TreeRPO. The rows differ because a tree has 512 of them.
 DIFFERING = {
@@ -71,7 +75,7 @@ def eight_processes(monkeypatch) -> None:
 
 
 def test_every_recipe_is_known():
-    assert {recipe(method, size).name for method in ("treerpo", "grpo") for size in SIZES} == set(RECIPES)
+    assert {recipe(method, size).name for method in METHODS for size in SIZES} == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -83,32 +87,35 @@ def test_batches_divide_on_eight_processes(eight_processes, name):
     assert args.per_device_train_batch_size * args.steps_per_generation % args.num_generations == 0
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_other_number_of_generations_in_the_comment_divides_too(eight_processes, size):
-    lines = re.findall(r"^#     (\w+): (\d+)$", recipe("grpo", size).read_text(), flags=re.MULTILINE)
-    assert [name for name, _ in lines] == ["num_generations", "steps_per_generation", "gradient_accumulation_steps"]
-    _, args, _ = parse(recipe("grpo", size), *[part for name, value in lines for part in (f"--{name}", value)])
-    assert args.num_generations == 8
-    assert args.generation_batch_size == 128 * 8
-    assert args.steps_per_generation == 2 * args.gradient_accumulation_steps
+@pytest.mark.parametrize("name", RECIPES)
+def test_three_hundred_steps_of_two_updates(name):
+    """verl, which the authors' scripts call, counts a batch of 128 prompts as a step, and max_steps counts updates."""
+    _, args, _ = parse(EXAMPLES / "recipes" / name)
+    updates_a_step = args.steps_per_generation // args.gradient_accumulation_steps
+    assert args.max_steps == 300 * updates_a_step
+    assert f"{300 / (7_500 // 128):.1f} epochs" in recipe("treerpo", "1.5b").read_text()
 
 
+@pytest.mark.parametrize("method", GRPO)
 @pytest.mark.parametrize("size", SIZES)
-def test_grpo_shares_every_other_setting(eight_processes, size):
+def test_grpo_shares_every_other_setting(eight_processes, size, method):
     (script, tree, model), (grpo_script, flat, grpo_model) = (
         parse(recipe("treerpo", size)),
-        parse(recipe("grpo", size)),
+        parse(recipe(method, size)),
     )
+    assert flat.num_generations == GRPO[method]
     # `init=False` fields are derived. Without vLLM the correction has no effect, but one may turn vLLM on.
     names = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
     assert {name for name in names if getattr(tree, name) != getattr(flat, name)} == DIFFERING
     assert model == grpo_model
-    assert script.reward_funcs == grpo_script.reward_funcs
+    # By name and by the path that TRL's script imports it from.
+    rewards = [train.load_reward_func(name) for name in (*script.reward_funcs, *grpo_script.reward_funcs)]
+    assert rewards == [math_rewards.boxed_math_accuracy_reward] * 2
     assert model.model_name_or_path == f"Qwen/Qwen2.5-Math-{size.upper()}"
 
 
 def test_sizes_differ_in_model_and_engine_only():
-    for method in ("treerpo", "grpo"):
+    for method in METHODS:
         small, large = [yaml.safe_load(recipe(method, size).read_text()) for size in SIZES]
         engine = {"use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_mode": "token_mask"}
         for name in ("model_name_or_path", "output_dir"):
@@ -173,7 +180,7 @@ def test_formula_is_what_trees_have():
 def test_num_generations_samples_as_many_tokens(size):
     """The number in the recipe, and those that its comment says of other lengths."""
     _, tree, _ = parse(recipe("treerpo", size))
-    _, flat, _ = parse(recipe("grpo", size))
+    _, flat, _ = parse(recipe("grpo_equal_tokens", size))
 
     def fitting(median: float) -> int:
         lengths = log_normal(median)
@@ -181,7 +188,7 @@ def test_num_generations_samples_as_many_tokens(size):
         return round(tokens / np.minimum(lengths, flat.max_completion_length).mean())
 
     assert flat.num_generations == fitting(450) == 64
-    comment = " ".join(recipe("grpo", size).read_text().replace("\n#", " ").split())
+    comment = " ".join(recipe("grpo_equal_tokens", size).read_text().replace("\n#", " ").split())
     assert f"with a median of 350 it would be {fitting(350)}, with 550 {fitting(550)}." in comment
     first, second, third = [round(tokens) for tokens in segments(log_normal(450), 3, 384)]
     assert f"8 x {first} + 64 x {second} + 512 x {third} = 33,000" in comment
@@ -195,7 +202,7 @@ def test_num_generations_samples_as_many_tokens(size):
 def estimates(size: str, method: str) -> dict[str, str]:
     """The README's table of what the comparison takes, from what it says below the table."""
     parameters, bytes_of_cache = {"1.5b": (1.54e9, 28_672), "7b": (7.6e9, 57_344)}[size]
-    lengths, rows, tokens_of_row = log_normal(450), 1024, 512 + 1152
+    lengths, rows, tokens_of_row = log_normal(450), 16 * GRPO.get(method, 0), 512 + 1152
     longer = [1.0, *shares_longer(lengths, 384, 768)]
     branches = [16 * 8 ** (d + 1) * longer[d] for d in range(3)]
     leaves = sum(8 ** (d + 1) * (longer[d] - [*longer, 0][d + 1]) for d in range(3))
@@ -205,16 +212,17 @@ def estimates(size: str, method: str) -> dict[str, str]:
         decoding = sum(math.ceil(number / 256) for number in branches) * 384 * 0.040
         trained, rewards = sampled, 16 * leaves * 0.010
     else:
-        sampled = 128 * 64 * np.minimum(lengths, 1152).mean()
+        sampled = 8 * rows * np.minimum(lengths, 1152).mean()
         cache = rows * tokens_of_row * bytes_of_cache
-        decoding, trained, rewards = 1152 * 0.080, 8 * rows * tokens_of_row, rows * 0.010
+        decoding = 1152 * (0.080 if rows > 256 else 0.040)
+        trained, rewards = 8 * rows * tokens_of_row, rows * 0.010
     if size == "1.5b":
         gpus, memory = 8, parameters * (2 + 14 / 8 + 2) + cache
     else:
         gpus, decoding = 12, sampled / 20_000
         memory = parameters * (16 + 2) / 8 + 2 * 28_000 * 3584 * 28 * 2
     training = 12 * parameters * trained / (8 * 989e12 * 0.30)
-    hours = 174 * (decoding + rewards + training) / 3600
+    hours = 300 * (decoding + rewards + training) / 3600
     return {
         "memory of a GPU that trains, GB": f"{memory / 1e9:.0f}"
         if size == "1.5b"
@@ -223,7 +231,7 @@ def estimates(size: str, method: str) -> dict[str, str]:
         "sampling, seconds a step": f"{decoding:.0f}",
         "rewards, seconds a step": f"{rewards:.0f}",
         "old and reference log-probabilities, two updates, seconds a step": f"{training:.0f}",
-        "174 steps, hours": f"{hours:.0f}",
+        "300 steps, hours": f"{hours:.0f}",
         "GPU-hours": f"{hours * gpus:.0f}",
     }
 
@@ -234,7 +242,7 @@ def test_estimates_follow_from_their_assumptions():
         if line.startswith("|"):
             name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
             table[name] = cells
-    columns = [(size, method) for size in SIZES for method in ("treerpo", "grpo")]
+    columns = [(size, method) for size in SIZES for method in METHODS]
     derived = [estimates(*column) for column in columns]
     assert {name: [column[name] for column in derived] for name in derived[0]} == {
         name: table[name] for name in derived[0]
@@ -242,8 +250,8 @@ def test_estimates_follow_from_their_assumptions():
     shares = [1.0, *shares_longer(log_normal(450), 384, 768)]
     branches = [f"{16 * 8 ** (d + 1) * share:,.0f}" for d, share in enumerate(shares)]
     assert f"{branches[0]}, {branches[1]} and {branches[2]} branches" in " ".join(SECTION.split())
-    prompts, epochs = 7_500, parse(recipe("treerpo", "1.5b"))[1].num_train_epochs
-    assert prompts // 128 * epochs == 174
+    tree, flat, *_ = map(float, table["sampled tokens a step, millions"])
+    assert round(tree / flat) == 8 and "eight times as many tokens a step" in SECTION
 
 
 def test_macro_means_of_the_paper():
@@ -297,6 +305,10 @@ def check_python(words: list[str]) -> None:
         (args,) = TrlParser((evaluate.EvaluationArguments,)).parse_args_and_config(arguments)
         args.check()
         assert (args.num_samples, args.temperature, args.engine) == (8, 0.6, "vllm")
+        trained, tree, _ = parse(recipe("treerpo", "1.5b"))
+        assert (args.max_completion_length, args.temperature) == (tree.max_completion_length, tree.temperature)
+        assert args.reward_funcs == trained.reward_funcs  # the verifier of training
+        assert {benchmark.system_prompt for benchmark in evaluate.BENCHMARKS.values()} == {trained.system_prompt}
         assert set(args.dataset_name) == set(evaluate.BENCHMARKS)
 
 
@@ -317,13 +329,13 @@ def test_commands_name_files_and_options_that_exist(monkeypatch):
         kinds[words[0]](words)
     assert [words[0] for words in found] == [
         "python",
-        *["accelerate"] * 2,
-        *["python"] * 5,
+        *["accelerate"] * 3,
+        *["python"] * 7,
         "vllm",
-        *["accelerate"] * 2,
+        *["accelerate"] * 3,
     ]
 
-    outputs = {parse(recipe(method, "1.5b"))[1].output_dir for method in ("treerpo", "grpo")}
+    outputs = {parse(recipe(method, "1.5b"))[1].output_dir for method in METHODS}
     models = {words[3] for words in found if words[1] == "examples/evaluate.py" and words[2] != "compare"}
     assert models == {"Qwen/Qwen2.5-Math-1.5B", *outputs}
     written = {words[-1] for words in found if words[-2] == "--output_dir" and "evaluate" in words[1]}
@@ -335,13 +347,14 @@ def test_commands_name_files_and_options_that_exist(monkeypatch):
 @pytest.mark.parametrize("name", RECIPES)
 def test_launch_line_in_the_header_is_the_readmes(name):
     header = (EXAMPLES / "recipes" / name).read_text().split("\n\n")[0]
-    lines = re.findall(r"^#     ((?:VLLM_|accelerate).*(?:\n#         .*)*)", header, flags=re.MULTILINE)
+    lines = re.findall(r"^#     ((?:[A-Z_]+=|accelerate).*(?:\n#         .*)*)", header, flags=re.MULTILINE)
     words = [shlex.split(line.replace("\\\n#", " ")) for line in lines]
-    words = [line[1:] if line[0].startswith("VLLM_") else line for line in words]
     assert len(words) == (2 if "7b" in name else 1)
-    documented = list(commands(SECTION))
+    documented = [shlex.split(line) for line in "".join(blocks(SECTION)).replace("\\\n", " ").splitlines()]
     assert all(line in documented for line in words)
     assert f"examples/recipes/{name}" in words[-1]
+    # TRL's script has no rewards of ours: it has to find their module.
+    assert ("PYTHONPATH=examples" in words[-1]) == name.startswith("grpo")
 
 
 def test_prepared_data_is_what_the_recipes_read():
@@ -353,7 +366,16 @@ def test_prepared_data_is_what_the_recipes_read():
         names = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_prompt_column")
         for name in (*names, "dataset_solution_column", "system_prompt", "max_prompt_length"):
             assert getattr(args, name) == getattr(script, name), name
-        assert str(args.output_dir) == parse(recipe("grpo", size))[0].dataset_name
+        for method in GRPO:
+            assert str(args.output_dir) == parse(recipe(method, size))[0].dataset_name
+
+
+@pytest.mark.parametrize("name", ["math_train", "math500", "aime24", "minerva", "olympiadbench"])
+def test_system_prompt_is_that_of_the_papers_data(name):
+    prompts = load_dataset("parquet", data_files=find_data(name), split="train")["prompt"]
+    script, _, _ = parse(recipe("treerpo", "1.5b"))
+    assert {prompt[0]["content"] for prompt in prompts} == {script.system_prompt}
+    assert "\\boxed{{}}" in script.system_prompt
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
@@ -372,7 +394,8 @@ SMALL = ["--num_generations", "4", "--max_completion_length", "8", "--per_device
 SMALL += ["--steps_per_generation", "2", "--gradient_accumulation_steps", "1", "--max_steps", "2", "--use_cpu"]
 SMALL += ["--bf16", "false", "--use_vllm", "false", "--learning_rate", "1e-2", "--logging_steps", "1"]
 SMALL += ["--save_steps", "2", "--report_to", "none", "--disable_tqdm", "true", "--output_dir", "out"]
-SMALL += ["--reward_funcs", "accuracy_reward", "my_rewards.parity_reward"]
+# The recipe's, and one that a random model does not always miss.
+SMALL += ["--reward_funcs", "math_rewards.boxed_math_accuracy_reward", "my_rewards.parity_reward"]
 
 
 @pytest.fixture
@@ -400,7 +423,7 @@ def check_trained(folder: Path, model: str) -> None:
     history = json.loads((folder / "out/checkpoint-2/trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in history if "completions/mean_length" in entry]
     assert [entry["step"] for entry in steps] == [1]  # one generation for the two updates
-    assert "rewards/accuracy_reward/mean" in steps[0]
+    assert "rewards/boxed_math_accuracy_reward/mean" in steps[0]
     assert {"entropy", "kl"} <= steps[0].keys()
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
     after = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
@@ -435,13 +458,14 @@ def test_trls_script_trains_on_prepared_data(folder, llama_path, size):
 def test_launch_line_of_trls_script(folder, llama_path):
     """The README's launch, under a configuration for the CPU."""
     prepare(llama_path)
-    (words,) = [words for words in commands(SECTION) if "trl.scripts.grpo" in words and "1.5b" in words[-1]]
+    (words,) = [words for words in commands(SECTION) if words[-1] == "examples/recipes/grpo_qwen2.5_math_1.5b.yaml"]
     parsed = launch_command_parser().parse_args(words[2:])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
     command += ["--config_file", str(ROOT / "accelerate_configs/single_cpu.yaml"), "-m", parsed.training_script]
     option, config = parsed.training_script_args
     command += [option, str(ROOT / config), "--model_name_or_path", llama_path, *SMALL]
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(EXAMPLES)
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     check_trained(folder, llama_path)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from treerpo_trl import TreeRPOConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import train
+from train_data import NEED_SOLUTION
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,7 +204,7 @@ def test_recipe_runs_on_rows_like_the_hubs(folder, llama_path, math_rows):
     small += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--disable_tqdm", "true"]
     train.main(*parse_args("--config", str(RECIPE), "--output_dir", "out", *small))
     history = log_history(folder / "out" / "checkpoint-2")
-    name = "rewards/accuracy_reward/mean"
+    name = "rewards/boxed_math_accuracy_reward/mean"
     assert [entry[name] for entry in history if name in entry] == [0.0]  # one generation for the two updates
     assert [entry["eval_reward"] for entry in history if "eval_reward" in entry] == [0.0]
 
@@ -220,9 +222,14 @@ def test_recipe_is_the_papers_setting():
 def test_recipe_names_data_options():
     script_args, _, model_args = parse_args("--config", str(RECIPE), "--use_cpu")
     assert script_args.max_prompt_length == 512
-    assert script_args.reward_funcs == ["accuracy_reward"]
-    assert script_args.system_prompt.endswith(r"\boxed{}.")
+    assert script_args.reward_funcs == ["boxed_math_accuracy_reward"]
+    assert script_args.system_prompt.endswith(r"\boxed{{}}.")
     assert (model_args.dtype, model_args.use_peft) == ("float32", False)
+
+
+def test_rewards_that_compare_with_a_solution_are_checked_for_one():
+    comparing = {name for name, function in train.REWARD_FUNCS.items() if "solution" in signature(function).parameters}
+    assert comparing == set(NEED_SOLUTION)
 
 
 def test_help_shows_the_tree_options(capsys):

@@ -176,13 +176,14 @@ class TreeRPOConfig(GRPOConfig):
     ) -> TreeRPOConfig:
         """The setting of the paper (arXiv:2506.05183, section 4): 8 x 8 x 8 trees of 384-token segments.
 
-        A step generates 128 prompts (65,536 rows) over all processes and updates twice.
+        A step generates 128 prompts (65,536 rows) over all processes and updates twice. There are 300: `max_steps`
+        counts updates. What the paper leaves open is as in the authors' scripts.
 
         Args:
             output_dir: Where to write the model and its checkpoints.
             num_processes: Number of processes that will train; the rows are divided among them.
             per_device_train_batch_size: Rows of a micro-batch.
-            overrides: Any other parameter, instead of the paper's.
+            overrides: Any other parameter, instead of the paper's. `num_train_epochs` replaces its `max_steps`.
 
         Raises:
             ValueError: 128 trees of 512 rows do not divide into two updates of whole micro-batches.
@@ -198,7 +199,8 @@ class TreeRPOConfig(GRPOConfig):
             "steps_per_generation": rows // micro_batch,
             "gradient_accumulation_steps": rows // micro_batch // 2,
         }
-        return cls(output_dir=output_dir, **{**PAPER_SETTING, **batch, **overrides})
+        length = {"max_steps": -1} if "num_train_epochs" in overrides else {}  # max_steps would win over it
+        return cls(output_dir=output_dir, **{**PAPER_SETTING, **batch, **length, **overrides})
 
     def _check_tree_log(self) -> None:
         if self.log_trees_steps is not None and not self.log_trees:
@@ -223,7 +225,10 @@ PAPER_SETTING: dict[str, Any] = {
     "temperature": 0.6,
     "epsilon": 0.2,
     "beta": 0.001,
+    "use_bias_correction_kl": False,  # the KL term is k3 alone, not weighted by the ratio
     "entropy_coef": 0.001,
     "learning_rate": 1e-6,
     "lr_scheduler_type": "constant",
+    "weight_decay": 0.01,
+    "max_steps": 600,  # 300 of verl's steps, which are generation batches, of two updates each
 }
