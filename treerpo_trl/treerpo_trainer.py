@@ -26,7 +26,7 @@ from .model_card import write_model_card
 from .numerics import GradientGuard
 from .prefix_sharing import PrefixSharing
 from .resuming import ResumableGRPOTrainer
-from .rows import credit_tokens, lay_out, shuffle_micro_batches, slots
+from .rows import credit_tokens, entropy_of_the_batch, lay_out, shuffle_micro_batches, slots
 from .sampling import TreeShape, grow
 from .scoring import DistinctRows, RowRewards, score_once
 from .timing import PhaseTimer, timed
@@ -350,6 +350,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         return inputs
 
     @timed("log_probs")
+    @entropy_of_the_batch
     def _get_per_token_logps_and_entropies(
         self,
         model: Any,
