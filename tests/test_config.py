@@ -93,10 +93,10 @@ def test_bnpo_takes_whole_trees_only():
     """A micro-batch is what it normalizes by, and of a tree the first one owns nearly all tokens."""
     make(loss_type="bnpo", per_device_train_batch_size=16)
     options = {"steps_per_generation": 8, "loss_type": "bnpo"}
-    for rows in (4, 12):
-        message = rf"'bnpo' .*per_device_train_batch_size={rows}, .* trees of 8 leaves.*='dapo'.*multiple of 8"
+    for size in (4, 12):
+        message = rf"'bnpo' .*per_device_train_batch_size={size}, .* trees of 8 leaves.*='dapo'.*multiple of 8"
         with pytest.raises(ValueError, match=message):
-            make(**options, per_device_train_batch_size=rows)
+            make(**options, per_device_train_batch_size=size)
 
 
 @pytest.mark.parametrize("threshold", [1, 1.0, 2.0, float("inf"), float("nan")])
@@ -112,7 +112,7 @@ def test_no_estimator_takes_a_threshold_that_nothing_exceeds(threshold):
 
 
 def test_a_threshold_that_is_no_number_is_refused():
-    with pytest.raises(TypeError, match="prune_threshold is '0.1'; give a number, or None"):
+    with pytest.raises(TypeError, match=r"prune_threshold is '0\.1'; give a number, or None"):
         make(prune_threshold="0.1")
 
 

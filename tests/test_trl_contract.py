@@ -111,7 +111,8 @@ def test_the_attributes_are_there(model, make_args, dataset, tokenizer):
     trainer = TreeRPOTrainer(model, spread_reward, make_args(), train_dataset=dataset, processing_class=tokenizer)
     for name in ATTRIBUTES:
         assert hasattr(trainer, name), f"GRPOTrainer no longer has {name}"
-    assert "advantages" in trainer._logs
+    maxlen = trainer._logs["advantages"].maxlen
+    assert maxlen == trainer.args.generation_batch_size, "the table of completions does not hold one batch any more"
 
 
 def make_loss(model, tmp_path, dataset, tokenizer, **options):

@@ -139,6 +139,12 @@ def credit_tokens(
     return advantage_BT, project(layout.node_BT, torch.tensor(weight_N)) * layout.owned_BT
 
 
+def row_means(value_BT: Tensor, layout: RowLayout) -> Tensor:
+    """(B,): mean of a value over the tokens of each row."""
+    is_token_BT = (layout.node_BT != NO_NODE).to(value_BT.device)
+    return (value_BT * is_token_BT).sum(dim=1) / is_token_BT.sum(dim=1)
+
+
 def share_of_batch(inputs: dict[str, Any], num_micro_batches: int) -> Tensor:
     """How much a micro-batch counts in a mean over the whole batch: 1 on average over the micro-batches.
 

@@ -44,8 +44,10 @@ class TreeRPOConfig(GRPOConfig):
             - `"group_std"`: (V - mu) / (std + 1e-4), as GRPO.
             - `"centered"`: V - mu, as Dr. GRPO.
         prune_threshold (`float` or `None`, *optional*, defaults to `0.1`):
-            tau: a group is trained if and only if max - min of its values exceeds it. `None`, or a negative number,
-            keeps every group.
+            tau: a group is trained if and only if max - min of its values exceeds it. It is in units of the reward
+            (the weighted sum of the reward functions): for rewards that do not go from 0 to 1, take about a tenth of
+            what lies between good and bad ones. `None`, or a negative number (the command line has no word for
+            `None`), keeps every group. One that no group can exceed, such as 1 for rewards in [0, 1], is an error.
         loss_weighting (`str`, *optional*, defaults to `"token"`):
             `"token"`: the loss is a mean over all kept tokens (the authors' code). `"node"`: a mean over kept nodes of
             the mean over a node's tokens (eq. 5 as printed).
@@ -110,8 +112,8 @@ class TreeRPOConfig(GRPOConfig):
     prune_threshold: float | None = field(
         default=0.1,
         metadata={
-            "help": "A group of siblings is trained if and only if max - min of its values exceeds this. None or a "
-            "negative number keeps every group."
+            "help": "A group of siblings is trained if and only if max - min of its values exceeds this, in units of "
+            "the reward. A negative number keeps every group."
         },
     )
     loss_weighting: str = field(

@@ -43,7 +43,8 @@ def check_prune_threshold(config: Any) -> None:
         return
     if not isinstance(threshold, Real):
         raise TypeError(f"prune_threshold is {threshold!r}; give a number, or None to keep every group")
-    what = f"prune_threshold is {threshold}, which max - min of a group never exceeds"
+    threshold = float(threshold)
+    what = f"prune_threshold is {config.prune_threshold}, which max - min of a group never exceeds"
     fix = "The paper's is 0.1; None, or a negative number, keeps every group"
     if math.isnan(threshold) or threshold == math.inf:
         raise ValueError(f"{what}, so nothing would be trained. {fix}")
