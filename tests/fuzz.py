@@ -103,7 +103,8 @@ def cases(draw: st.DrawFn) -> Case:
     micro_batches = draw(st.sampled_from([count for count in range(1, 9) if rows % count == 0]))
     accumulated = draw(st.sampled_from([count for count in range(1, 9) if micro_batches % count == 0]))
     pattern = draw(st.sampled_from(sorted(PATTERNS)))
-    loss_type = draw(st.sampled_from(["dapo", "dapo", "bnpo", "dr_grpo", "cispo"]))
+    whole_trees = ["bnpo"] if num_trees % micro_batches == 0 else []  # bnpo is refused where trees are split
+    loss_type = draw(st.sampled_from(["dapo", "dapo", *whole_trees, "dr_grpo", "cispo"]))
     options = {
         "loss_type": loss_type,
         "advantage_estimator": draw(st.sampled_from(ANY_ESTIMATOR if pattern == "any number" else sorted(ESTIMATORS))),
@@ -372,15 +373,16 @@ def compare(
             weights.append(torch.full_like(logps.detach(), one.weight))
         weight = torch.cat(weights)
         outcome.trained_tokens += len(weight)
-        summed, mass = (torch.cat(losses) * weight).sum(), weight.sum().clamp(min=1.0)
+        summed = (torch.cat(losses) * weight).sum()
+        window = max(everything, 1.0) * case.accumulated / case.micro_batches
         if loss.loss_type == "bnpo":
-            policy = summed / mass / case.accumulated
+            policy = summed / weight.sum().clamp(min=1.0) / case.accumulated
         elif loss.loss_type == "dr_grpo":
             size = args.per_device_train_batch_size * case.shape.max_completion_length
             policy = summed / size / case.accumulated
         else:
-            policy = summed / (max(everything, 1.0) * case.accumulated / case.micro_batches)
-        bonus = (torch.cat(entropies) * weight).sum() / mass / case.accumulated
+            policy = summed / window
+        bonus = (torch.cat(entropies) * weight).sum() / window
         total = total + policy - args.entropy_coef * bonus
     twin.zero_grad()
     if total.requires_grad:

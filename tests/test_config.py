@@ -89,6 +89,40 @@ def test_inconsistent_configurations_name_the_values_and_the_fix(options, messag
         make(**options)
 
 
+def test_bnpo_takes_whole_trees_only():
+    """A micro-batch is what it normalizes by, and of a tree the first one owns nearly all tokens."""
+    make(loss_type="bnpo", per_device_train_batch_size=16)
+    options = {"steps_per_generation": 8, "loss_type": "bnpo"}
+    for size in (4, 12):
+        message = rf"'bnpo' .*per_device_train_batch_size={size}, .* trees of 8 leaves.*='dapo'.*multiple of 8"
+        with pytest.raises(ValueError, match=message):
+            make(**options, per_device_train_batch_size=size)
+
+
+@pytest.mark.parametrize("threshold", [1, 1.0, 2.0, float("inf"), float("nan")])
+def test_a_threshold_that_no_group_exceeds_is_refused(threshold):
+    with pytest.raises(ValueError, match=rf"prune_threshold is {threshold}, .*nothing would be trained.* 0.1; None"):
+        make(prune_threshold=threshold)
+
+
+@pytest.mark.parametrize("threshold", [float("inf"), float("nan")])
+def test_no_estimator_takes_a_threshold_that_nothing_exceeds(threshold):
+    with pytest.raises(ValueError, match="never exceeds, so nothing would be trained"):
+        make(prune_threshold=threshold, advantage_estimator="group_std")
+
+
+def test_a_threshold_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match=r"prune_threshold is '0\.1'; give a number, or None"):
+        make(prune_threshold="0.1")
+
+
+@pytest.mark.parametrize("estimator", ["treerpo", "bernoulli_std", "group_std", "centered"])
+@pytest.mark.parametrize("threshold", [None, -1.0, -float("inf"), 0, 0.999])
+def test_a_threshold_that_some_group_exceeds_is_taken(threshold, estimator):
+    make(prune_threshold=threshold, advantage_estimator=estimator)
+    make(prune_threshold=5.0, advantage_estimator="centered")  # of rewards on another scale
+
+
 def test_vllm_is_corrected_token_by_token():
     assert make(use_vllm=True).vllm_importance_sampling_mode == "token_mask"
     make(use_vllm=True, vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0)
@@ -134,6 +168,8 @@ def test_the_command_line(tmp_path):
     assert (config.branching_factor, config.max_completion_length) == ([4, 2], 32)
     (config,) = parser.parse_args_and_config([*flags, "--branching_factor", "2", "--prune_threshold", "0.2"])
     assert (config.branching_factor, config.prune_threshold) == ([2, 2, 2], 0.2)
+    (config,) = parser.parse_args_and_config([*flags, "--prune_threshold", "-1"])  # it has no word for None
+    assert config.prune_threshold == -1
 
 
 @pytest.mark.parametrize(("yaml", "expected"), [("8", [8, 8]), ("[4, 2]", [4, 2])])

@@ -68,16 +68,23 @@ class Run:
         return [torch.load(self.folder / f"rank_{rank}.pt") for rank in range(2)]
 
 
+def given(loss_type: str) -> str:
+    """Micro-batches of half a tree, where the loss takes them; those of the one process are whole trees."""
+    options = {"loss_type": loss_type, "prefix_sharing": True}
+    if loss_type != "bnpo":
+        options |= {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 4}
+    return f"given={json.dumps(options)}"
+
+
 def scenarios_of(config: str) -> dict[str, str]:
     """Name -> scenario for distributed_run.py."""
     scenarios = {
         "full": "uneven",
         "lora": 'uneven={"lora": true}',
-        "given-dapo": 'given={"loss_type": "dapo", "prefix_sharing": true}',
+        "given-dapo": given("dapo"),
     }
     if config == "multi_cpu":
-        for loss_type in LOSS_TYPES[1:]:
-            scenarios[f"given-{loss_type}"] = f'given={{"loss_type": "{loss_type}", "prefix_sharing": true}}'
+        scenarios |= {f"given-{loss_type}": given(loss_type) for loss_type in LOSS_TYPES[1:]}
     if config == "deepspeed_zero3_cpu":
         scenarios["sharded"] = 'uneven={"ds3_gather_for_generation": false}'
     return scenarios

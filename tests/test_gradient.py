@@ -1,5 +1,6 @@
 """The gradient of a training step against a plain reference: every kept node as a sample of its own."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import EOS, PAD, coin_reward, make_tokenizer
 from transformers import Qwen2ForCausalLM, TrainerCallback
 
 from treerpo_trl import TreeRPOTrainer
+from treerpo_trl.compatibility import LOSS_TYPES
 
 
 class Recorder(TrainerCallback):
@@ -23,7 +25,7 @@ class Recorder(TrainerCallback):
 
 def snapshot(model) -> Qwen2ForCausalLM:
     """A plain model with the same weights. A deep copy would keep TRL's patched forward, bound to the original."""
-    plain = Qwen2ForCausalLM(model.config).to(model.dtype)
+    plain = Qwen2ForCausalLM(copy.deepcopy(model.config)).to(model.dtype)
     plain.load_state_dict(model.state_dict())
     # TRL changed config.pad_token_id after the model was made, and an embedding keeps no gradient of its padding.
     plain.model.embed_tokens.padding_idx = model.model.embed_tokens.padding_idx
@@ -127,12 +129,28 @@ def test_the_gradient_is_the_references(moved, reference, make_args, dataset, lo
 def test_accumulated_micro_batches_add_up_to_the_references(moved, reference, make_args, dataset, loss_weighting):
     """Trees scattered over micro-batches of 4 rows (half a tree) give the gradient of the whole batch."""
     args = make_args(
-        loss_weighting=loss_weighting, beta=0.1, max_grad_norm=0.0, max_steps=1, per_device_train_batch_size=4,
-        gradient_accumulation_steps=8,
+        loss_weighting=loss_weighting, beta=0.1, entropy_coef=0.5, max_grad_norm=0.0, max_steps=1,
+        per_device_train_batch_size=4, gradient_accumulation_steps=8,
     )  # fmt: skip
     old = snapshot(moved)
     recorder = train(moved, args, dataset, make_tokenizer())
     check_step(recorder.steps[0], old, reference, args)
+
+
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - {"bnpo"}))
+def test_every_loss_has_one_gradient_however_trees_are_divided(moved, make_args, dataset, loss_type):
+    """Whole trees or parts of them in a micro-batch, with the KL term and the entropy bonus. (`bnpo` is refused.)"""
+    gradients = []
+    for rows in (32, 8, 2):
+        args = make_args(
+            loss_type=loss_type, beta=0.1, entropy_coef=0.5, max_grad_norm=0.0, max_steps=1,
+            per_device_train_batch_size=rows, gradient_accumulation_steps=32 // rows,
+        )  # fmt: skip
+        gradients.append(train(snapshot(moved), args, dataset, make_tokenizer()).steps[0][1])
+    for divided in gradients[1:]:
+        for name, whole in gradients[0].items():
+            error = (divided[name] - whole).abs().max() / whole.abs().max().clamp(min=1e-6)
+            assert error < 2e-4, f"{name}: relative error {error:.1e}"
 
 
 def test_a_second_update_of_a_batch_is_clipped_against_the_old_policy(moved, reference, make_args, dataset):

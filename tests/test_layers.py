@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "numerics": {"torch"},
     "views": {"treerpo_trl.tree", "treerpo_trl.credit", "pyarrow", "rich"},
     "callbacks": {"treerpo_trl.views", "accelerate", "transformers"},
+    "reporting": set(),
     "statistics": {"numpy"},
     "evaluation": {"torch", "tqdm", "transformers", "trl"},
     "checks": {"treerpo_trl.credit"},

@@ -56,6 +56,7 @@ def test_golden_numbers():
         "tree/kept_groups/depth_1": 1,
         "tree/value_mean/depth_1": 0.75,
         "tree/value_std/depth_1": pytest.approx(statistics.stdev([1, 0.5])),
+        "tree/value_range_max": 0.5,
         "tree/value_range/depth_1": 0.5,
         "tree/advantage_abs/depth_1": pytest.approx(0.25 / (0.75 * 0.25)),
         "tree/kept_groups/depth_2": 0,  # so no advantage has a size there

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import FrozenInstanceError, fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treerpo_trl.credit import assign
-from treerpo_trl.rows import LOSS_WEIGHTINGS, NO_NODE, lay_out, project, shuffle_micro_batches, slots
+from treerpo_trl.rows import (
+    LOSS_WEIGHTINGS,
+    NO_NODE,
+    entropy_of_the_batch,
+    lay_out,
+    project,
+    share_of_batch,
+    shuffle_micro_batches,
+    slots,
+)
 from treerpo_trl.sampling import grow
 from treerpo_trl.tree import ROOT, Segment, Tree
 
@@ -141,6 +151,38 @@ def test_shuffling_micro_batches_puts_rows_back_in_order(count, size, seed):
         assert batch["ids"].tolist() == [[row, row + 1] for row in batch["row"].tolist()]
         assert batch["num_items"] == 7
         assert batch["images"] is None
+
+
+def micro_batch(weights: list[float], everything: float) -> dict[str, torch.Tensor]:
+    return {
+        "completion_mask": torch.ones(1, len(weights)),
+        "tool_mask": torch.tensor([weights]),
+        "num_items_in_batch": torch.tensor(everything),
+    }
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 1.5]), min_size=3, max_size=3), min_size=4, max_size=4))
+def test_a_mean_over_the_batch_is_one_of_micro_batches_by_their_share(weights):
+    """Two processes of two micro-batches: each one's own mean, times its share, is averaged as TRL averages them."""
+    everything = sum(map(sum, weights))
+    batches = [micro_batch(part, everything) for part in weights]
+    values = torch.arange(12.0).view(4, 3)
+    means = [(values[i] * batches[i]["tool_mask"]).sum() / max(sum(weights[i]), 1.0) for i in range(4)]
+    mean = sum(share_of_batch(batch, 4) * mean for batch, mean in zip(batches, means, strict=True)) / 4
+    assert mean.item() == pytest.approx((values * torch.tensor(weights)).sum().item() / max(everything, 1.0), rel=1e-5)
+
+
+@pytest.mark.parametrize(("is_loss", "expected"), [(True, [1.5, 3.0]), (False, [1.0, 2.0])])
+def test_only_the_loss_weighs_the_gradient_of_entropies(is_loss, expected):
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(steps_per_generation=2), accelerator=SimpleNamespace(num_processes=1),
+        _loss_inputs=micro_batch([1.0, 1.0, 1.0], 4.0) if is_loss else None,
+    )  # fmt: skip
+    entropies = torch.tensor([3.0, 4.0], requires_grad=True)
+    outputs = entropy_of_the_batch(lambda self: ("logps", entropies * 1, "aux"))(trainer)
+    assert outputs[1].tolist() == [3, 4]
+    (outputs[1] * torch.tensor([1.0, 2.0])).sum().backward()
+    assert entropies.grad.tolist() == expected
 
 
 def test_shuffling_micro_batches_gives_them_any_order():

@@ -3,6 +3,7 @@
 import inspect
 import re
 
+import pytest
 import torch
 from conftest import make_tokenizer, spread_reward
 from transformers import Trainer
@@ -112,17 +113,17 @@ def test_the_attributes_are_there(model, make_args, dataset, tokenizer):
     trainer = TreeRPOTrainer(model, spread_reward, make_args(), train_dataset=dataset, processing_class=tokenizer)
     for name in ATTRIBUTES:
         assert hasattr(trainer, name), f"GRPOTrainer no longer has {name}"
-    assert "advantages" in trainer._logs
+    maxlen = trainer._logs["advantages"].maxlen
+    assert maxlen == trainer.args.generation_batch_size, "the table of completions does not hold one batch any more"
 
 
-def test_the_loss_takes_token_advantages_and_a_float_mask(model, tmp_path, dataset, tokenizer):
-    """(B, T) advantages, and weights in `tool_mask`: the loss is linear in their product, token by token."""
+def make_loss(model, tmp_path, dataset, tokenizer, **options):
+    """TRL's trainer, and a micro-batch with (B, T) advantages and a float mask."""
     args = GRPOConfig(
         str(tmp_path), num_generations=4, per_device_train_batch_size=4, max_completion_length=5, bf16=False,
-        report_to="none", gradient_checkpointing=False,
+        report_to="none", gradient_checkpointing=False, **options,
     )  # fmt: skip
     trainer = GRPOTrainer(model, spread_reward, args, train_dataset=dataset, processing_class=tokenizer)
-    trainer.current_gradient_accumulation_steps = 1
     torch.manual_seed(0)
     completion_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     advantages, weights = torch.randn(2, 5), torch.rand(2, 5)
@@ -135,9 +136,38 @@ def test_the_loss_takes_token_advantages_and_a_float_mask(model, tmp_path, datas
         "tool_mask": weights,
         "num_items_in_batch": (weights * completion_mask).sum(),
     }
+    return trainer, inputs
+
+
+def test_the_loss_takes_token_advantages_and_a_float_mask(model, tmp_path, dataset, tokenizer):
+    """(B, T) advantages, and weights in `tool_mask`: the loss is linear in their product, token by token."""
+    trainer, inputs = make_loss(model, tmp_path, dataset, tokenizer)
+    trainer.current_gradient_accumulation_steps = 1
     loss = trainer._compute_loss(trainer.model, inputs)
-    expected = -(advantages * weights * completion_mask).sum() / (weights * completion_mask).sum()
-    assert torch.allclose(loss, expected, atol=1e-6)
+    weights = inputs["tool_mask"] * inputs["completion_mask"]
+    assert torch.allclose(loss, -(inputs["advantages"] * weights).sum() / weights.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_entropies_get_their_gradient_from_the_bonus_alone(model, tmp_path, dataset, tokenizer, loss_type):
+    """It is a mean over the micro-batch, over the number of these. `rows.entropy_of_the_batch` rests on that."""
+    trainer, inputs = make_loss(model, tmp_path, dataset, tokenizer, loss_type=loss_type, entropy_coef=0.3)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 4
+    forward = trainer._get_per_token_logps_and_entropies
+    entropies = []
+
+    def keep(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs[1].retain_grad()
+        entropies.append(outputs[1])
+        return outputs
+
+    trainer._get_per_token_logps_and_entropies = keep
+    trainer._compute_loss(trainer.model, inputs).backward()
+    weights = inputs["tool_mask"] * inputs["completion_mask"]
+    message = "TRL's entropy bonus is normalized in another way now"
+    assert torch.allclose(entropies[0].grad, -0.3 * weights / weights.sum() / 4), message
 
 
 def test_generation_rows_are_grouped_by_prompt(model, make_args, dataset, tokenizer):

@@ -71,7 +71,23 @@ class Std:
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else None
 
 
-Metrics = dict[str, Mean | Std]
+@dataclass(frozen=True, slots=True)
+class Max:
+    """The largest of some numbers, that can be pooled; undefined for none (`None`)."""
+
+    value: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Max:
+        """The largest of `values`."""
+        return cls(max(values, default=None))
+
+    def __add__(self, other: Max) -> Max:
+        """The largest of both together."""
+        return Max.of(value for value in (self.value, other.value) if value is not None)
+
+
+Metrics = dict[str, Mean | Std | Max]
 
 
 def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -122,6 +138,7 @@ def tree_metrics(
     - `tree/kept_groups`: share of groups that were not pruned; `tree/kept_groups/depth_d` of those at depth d.
     - `tree/value_mean/depth_d`, `tree/value_std/depth_d`: mean and standard deviation of the values at depth d.
     - `tree/value_range/depth_d`: max - min of the values of a group at depth d.
+    - `tree/value_range_max`: the largest of these of any group with two values or more.
     - `tree/advantage_abs`: mean absolute advantage of the kept nodes; `tree/advantage_abs/depth_d` of those at d.
 
     Args:
@@ -136,6 +153,8 @@ def tree_metrics(
         **_reward_metrics(rewards, rewards_by_func),
     }
     groups = [(scored, group) for scored in trees for group in scored.tree.children if group]
+    compared = [values for scored, group in groups if len(values := _values(scored, group)) > 1]
+    metrics["tree/value_range_max"] = Max.of(max(values) - min(values) for values in compared)
     metrics |= _kept_metrics(groups, "")
     for depth in range(1, len(branching) + 1):
         at_depth = [(scored, group) for scored, group in groups if scored.tree.depths[group[0]] == depth]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .tree import ROOT, Tree
 
 
 NO_NODE = -1
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def slots(tree: Tree, branching: Sequence[int]) -> list[int]:
@@ -135,6 +137,51 @@ def credit_tokens(
         weight_N += [weight * kept for weight, kept in zip(weights, scored.kept, strict=True)]
     advantage_BT = project(layout.node_BT, torch.tensor(advantage_N))
     return advantage_BT, project(layout.node_BT, torch.tensor(weight_N)) * layout.owned_BT
+
+
+def row_means(value_BT: Tensor, layout: RowLayout) -> Tensor:
+    """(B,): mean of a value over the tokens of each row."""
+    is_token_BT = (layout.node_BT != NO_NODE).to(value_BT.device)
+    return (value_BT * is_token_BT).sum(dim=1) / is_token_BT.sum(dim=1)
+
+
+def share_of_batch(inputs: dict[str, Any], num_micro_batches: int) -> Tensor:
+    """How much a micro-batch counts in a mean over the whole batch: 1 on average over the micro-batches.
+
+    Args:
+        inputs: The micro-batch, with what [`credit_tokens`] made.
+        num_micro_batches: Micro-batches of the generation batch, over all processes.
+
+    Returns:
+        () weights of its tokens / mean of that over all micro-batches.
+    """
+    weight = (inputs["completion_mask"] * inputs["tool_mask"]).sum()
+    return weight * num_micro_batches / inputs["num_items_in_batch"].clamp(min=1.0)
+
+
+def entropy_of_the_batch(method: Method) -> Method:
+    """Make the entropy bonus a mean over the trained tokens of the whole batch.
+
+    TRL's is one over those of a micro-batch, and all micro-batches count the same. Of a tree that spans several, the
+    first owns nearly all tokens, so those of the others would count more, and how a batch is divided would change its
+    gradient. In TRL's loss the bonus is the only way for a gradient to reach the entropies: that gradient is scaled.
+    The value of the loss, which is only logged, stays TRL's.
+
+    Args:
+        method: Of a trainer; it returns log-probabilities, entropies and anything else. `_loss_inputs` are the
+            micro-batch it is called for, `None` outside of the loss.
+    """
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = method(self, *args, **kwargs)
+        entropies, inputs = outputs[1], self._loss_inputs
+        if inputs is not None and entropies is not None and entropies.requires_grad:
+            share = share_of_batch(inputs, self.args.steps_per_generation * self.accelerator.num_processes)
+            entropies.register_hook(lambda gradient: gradient * share)
+        return outputs
+
+    return cast(Method, run)
 
 
 def shuffle_micro_batches(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
+from .checks.objective import check_normalizer, check_prune_threshold
 from .checks.tree_shape import check_trees_fit, derive_tree
 from .compatibility import refuse_oversized_engine, refuse_owned_generation_kwargs, refuse_unsupported
 
@@ -43,8 +44,10 @@ class TreeRPOConfig(GRPOConfig):
             - `"group_std"`: (V - mu) / (std + 1e-4), as GRPO.
             - `"centered"`: V - mu, as Dr. GRPO.
         prune_threshold (`float` or `None`, *optional*, defaults to `0.1`):
-            tau: a group is trained if and only if max - min of its values exceeds it. `None`, or a negative number,
-            keeps every group.
+            tau: a group is trained if and only if max - min of its values exceeds it. It is in units of the reward
+            (the weighted sum of the reward functions): for rewards that do not go from 0 to 1, take about a tenth of
+            what lies between good and bad ones. `None`, or a negative number (the command line has no word for
+            `None`), keeps every group. One that no group can exceed, such as 1 for rewards in [0, 1], is an error.
         loss_weighting (`str`, *optional*, defaults to `"token"`):
             `"token"`: the loss is a mean over all kept tokens (the authors' code). `"node"`: a mean over kept nodes of
             the mean over a node's tokens (eq. 5 as printed).
@@ -61,6 +64,11 @@ class TreeRPOConfig(GRPOConfig):
         max_completion_length (`int`, *optional*):
             Most tokens of a completion. Defaults to `max_depth * segment_length`; it may be smaller by less than a
             segment, which makes the last segment the shorter one.
+        loss_type (`str`, *optional*, defaults to `"dapo"`):
+            As in TRL: `"dapo"`, `"cispo"`, `"dr_grpo"`; or `"bnpo"`, which normalizes by micro-batch, if
+            `per_device_train_batch_size` is a multiple of `num_generations`, so that no tree is split.
+        entropy_coef (`float`, *optional*, defaults to `0.0`):
+            As in TRL, but the bonus is a mean over the trained tokens of the whole batch, not of each micro-batch.
         log_trees (`bool`, *optional*, defaults to `False`):
             Whether to write the trees to `<output_dir>/trees`, as parquet files and as pages for a browser, and to
             print some in the terminal.
@@ -104,8 +112,8 @@ class TreeRPOConfig(GRPOConfig):
     prune_threshold: float | None = field(
         default=0.1,
         metadata={
-            "help": "A group of siblings is trained if and only if max - min of its values exceeds this. None or a "
-            "negative number keeps every group."
+            "help": "A group of siblings is trained if and only if max - min of its values exceeds this, in units of "
+            "the reward. A negative number keeps every group."
         },
     )
     loss_weighting: str = field(
@@ -162,6 +170,8 @@ class TreeRPOConfig(GRPOConfig):
         derive_tree(self)
         self.prefix_sharing = {"true": True, "false": False}.get(str(self.prefix_sharing).lower(), self.prefix_sharing)
         refuse_unsupported(self)
+        check_normalizer(self)
+        check_prune_threshold(self)
         self._check_tree_log()
         if self.generation_batch_size is None:
             check_trees_fit(self, self.steps_per_generation or self.gradient_accumulation_steps)

@@ -25,8 +25,9 @@ from .metrics import Metrics, pool, step_metrics, tree_metrics
 from .model_card import write_model_card
 from .numerics import GradientGuard
 from .prefix_sharing import PrefixSharing
+from .reporting.starvation import StarvationWatch
 from .resuming import ResumableGRPOTrainer
-from .rows import credit_tokens, lay_out, shuffle_micro_batches, slots
+from .rows import credit_tokens, entropy_of_the_batch, lay_out, row_means, shuffle_micro_batches, slots
 from .sampling import TreeShape, grow
 from .scoring import DistinctRows, RowRewards, score_once
 from .timing import PhaseTimer, timed
@@ -161,6 +162,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         self._rewards = RowRewards([], [], {})
         self._phase_timer = PhaseTimer(self.accelerator.device)
         self._gradient_guard = GradientGuard(self.accelerator)
+        self._starvation_watch = StarvationWatch(args, self.accelerator.is_main_process)
         contexts = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         if self.use_vllm:
             contexts.append(find_context_length(self.vllm_generation))
@@ -286,14 +288,17 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
                 layout, self.last_trees, self.args.loss_weighting, self.tree_shape.segment_length
             )
         )
-        self._log_row_advantages(advantages, (layout.node_BT >= 0).to(device))
+        # In the completions table, which holds one batch, a row's advantage is the mean over its tokens.
+        self._logs["advantages"].extend(gather(row_means(advantages, layout)).tolist())
+        trained_weight = self.accelerator.gather((completion_mask * loss_mask).sum()).sum()
         rewards = self._rewards
-        self._log_pooled(tree_metrics(self.last_trees, self.tree_shape.branching, rewards.distinct, rewards.by_func))
+        metrics = tree_metrics(self.last_trees, self.tree_shape.branching, rewards.distinct, rewards.by_func)
+        self._starvation_watch.check(self._log_pooled(metrics), trained_weight)
         return {
             **output,
             "advantages": advantages,
             "tool_mask": loss_mask,
-            "num_items_in_batch": self.accelerator.gather((completion_mask * loss_mask).sum()).sum(),
+            "num_items_in_batch": trained_weight,
             "row": torch.arange(len(inputs), device=device),
         }
 
@@ -307,18 +312,12 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             scored_trees.append(assign(tree, leaf_rewards, self.args.advantage_estimator, self.args.prune_threshold))
         return scored_trees
 
-    def _log_row_advantages(self, advantages: Tensor, is_token: Tensor) -> None:
-        """In the completions table, a row's advantage is the mean over its tokens."""
-        row_advantages = gather((advantages * is_token).sum(dim=1) / is_token.sum(dim=1)).tolist()
-        logged = self._logs["advantages"]
-        for _ in range(min(len(row_advantages), len(logged))):
-            logged.pop()
-        logged.extend(row_advantages)
-
-    def _log_pooled(self, metrics: Metrics) -> None:
-        """Log the metrics of all processes as one."""
-        for name, value in pool(gather_object([metrics])).items():
+    def _log_pooled(self, metrics: Metrics) -> dict[str, float]:
+        """Log the metrics of all processes as one, and return them."""
+        pooled = pool(gather_object([metrics]))
+        for name, value in pooled.items():
             self._metrics["train"][name].append(value)
+        return pooled
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Upstream's, but its table of completions is printed so that what a model wrote cannot steer the terminal."""
@@ -350,6 +349,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         return inputs
 
     @timed("log_probs")
+    @entropy_of_the_batch
     def _get_per_token_logps_and_entropies(
         self,
         model: Any,

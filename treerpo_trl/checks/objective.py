@@ -1,0 +1,55 @@
+"""The objective that a configuration asks for: losses that a split tree would bend, thresholds that keep nothing."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+from ..credit import UNIT_INTERVAL_ESTIMATORS
+
+
+def check_normalizer(config: Any) -> None:
+    """Refuse to normalize by micro-batch where a tree spans several of them.
+
+    Args:
+        config: A TreeRPOConfig whose tree is derived.
+
+    Raises:
+        ValueError: The loss is `bnpo`, and a micro-batch does not hold whole trees.
+    """
+    batch, leaves = config.per_device_train_batch_size, config.num_generations
+    if config.loss_type == "bnpo" and batch % leaves:
+        raise ValueError(
+            f"loss_type='bnpo' does not work with per_device_train_batch_size={batch}, which splits trees of {leaves} "
+            "leaves: it is a mean over the trained tokens of a micro-batch, and of a tree the first micro-batch holds "
+            "nearly all that are shared, so those of the others would weigh more. Use loss_type='dapo', which is the "
+            f"same mean over the whole batch, or a multiple of {leaves} for per_device_train_batch_size"
+        )
+
+
+def check_prune_threshold(config: Any) -> None:
+    """Refuse a threshold that no group can exceed, so that nothing would ever be trained.
+
+    Args:
+        config: A TreeRPOConfig.
+
+    Raises:
+        TypeError: The threshold is no number.
+        ValueError: It is NaN or infinite, or at least 1 with an estimator for rewards in [0, 1].
+    """
+    threshold, estimator = config.prune_threshold, config.advantage_estimator
+    if threshold is None:
+        return
+    if not isinstance(threshold, Real):
+        raise TypeError(f"prune_threshold is {threshold!r}; give a number, or None to keep every group")
+    threshold = float(threshold)
+    what = f"prune_threshold is {config.prune_threshold}, which max - min of a group never exceeds"
+    fix = "The paper's is 0.1; None, or a negative number, keeps every group"
+    if math.isnan(threshold) or threshold == math.inf:
+        raise ValueError(f"{what}, so nothing would be trained. {fix}")
+    if estimator in UNIT_INTERVAL_ESTIMATORS and threshold >= 1:
+        raise ValueError(
+            f"{what} with advantage_estimator='{estimator}', whose rewards lie in [0, 1], so nothing would be "
+            f"trained. {fix}"
+        )
