@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "callbacks": {"treerpo_trl.views", "accelerate", "transformers"},
     "statistics": {"numpy"},
     "evaluation": {"torch", "tqdm", "transformers", "trl"},
-    "checks": {"treerpo_trl.credit"},
+    "checks": {"treerpo_trl.credit", "transformers"},
     "compatibility": {"treerpo_trl.credit"},
     "treerpo_config": {"treerpo_trl.checks", "treerpo_trl.compatibility", "trl"},
     "validation": {"treerpo_trl.treerpo_config", "datasets", "torch", "transformers"},
