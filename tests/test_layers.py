@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "reporting": set(),
     "statistics": {"numpy"},
     "evaluation": {"torch", "tqdm", "transformers", "trl"},
-    "checks": {"treerpo_trl.credit"},
+    "checks": {"treerpo_trl.credit", "transformers"},
     "compatibility": {"treerpo_trl.credit"},
     "treerpo_config": {"treerpo_trl.checks", "treerpo_trl.compatibility", "trl"},
     "validation": {"treerpo_trl.treerpo_config", "datasets", "torch", "transformers"},

@@ -16,28 +16,6 @@ NO_CONTINUOUS_BATCHING = (
 )
 # The max_num_batched_tokens of TRL's VLLMGeneration.
 MAX_COLOCATED_ROWS = 4096
-# Generation options that would take a wave's length, or the i.i.d. sampling of siblings, out of the tree's hands.
-TREE_OWNED_GENERATION_KWARGS = {
-    "max_new_tokens": "set segment_length and max_depth",
-    "max_length": "set segment_length and max_depth",
-    "min_new_tokens": "it would act on each segment; remove it",
-    "num_beams": "siblings are sampled independently; remove it",
-    "num_return_sequences": "set branching_factor",
-    "use_cache": "remove it; trees are grown on the cache",
-    "cache_implementation": "remove it; only the default cache can be forked",
-}
-# The same for vLLM, where each segment is a request of its own.
-TREE_OWNED_VLLM_KWARGS = {
-    "n": "set branching_factor",
-    "max_tokens": "set segment_length and max_depth",
-    "min_tokens": "it would act on each segment; remove it",
-    "seed": "it would draw all siblings alike; remove it",
-    "logprobs": "remove it; the sampled tokens' are kept in any case",
-    "presence_penalty": "vLLM would count the tokens of one segment, not of its path; use repetition_penalty",
-    "frequency_penalty": "vLLM would count the tokens of one segment, not of its path; use repetition_penalty",
-    "structured_outputs": "it would begin anew at each segment; remove it",
-    "truncate_prompt_tokens": "it would cut the path that a segment continues; remove it",
-}
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -55,20 +33,6 @@ def refuse_unsupported(config: Any) -> None:
             raise ValueError(
                 f"{name}={value!r} does not work with trees: {reason}. Use {name}="
                 + " or ".join(repr(choice) for choice in allowed)
-            )
-
-
-def refuse_owned_generation_kwargs(config: Any) -> None:
-    """Check the generation options of a configuration.
-
-    Raises:
-        ValueError: One of them is the tree's to decide; the message says what to do instead.
-    """
-    owned = TREE_OWNED_VLLM_KWARGS if config.use_vllm else TREE_OWNED_GENERATION_KWARGS
-    for name, fix in owned.items():
-        if name in (config.generation_kwargs or {}):
-            raise ValueError(
-                f"generation_kwargs has {name}={config.generation_kwargs[name]!r}, which the tree decides: {fix}"
             )
 
 

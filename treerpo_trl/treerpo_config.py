@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
+from .checks.generation_options import check_generation_kwargs
 from .checks.objective import check_normalizer, check_prune_threshold
 from .checks.tree_shape import check_trees_fit, derive_tree
-from .compatibility import refuse_oversized_engine, refuse_owned_generation_kwargs, refuse_unsupported
+from .compatibility import refuse_oversized_engine, refuse_unsupported
 
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class TreeRPOConfig(GRPOConfig):
             check_trees_fit(self, self.steps_per_generation or self.gradient_accumulation_steps)
         super().__post_init__()  # resolves steps_per_generation, and parses generation_kwargs from the command line
         check_trees_fit(self, self.steps_per_generation)
-        refuse_owned_generation_kwargs(self)
+        check_generation_kwargs(self)
         refuse_oversized_engine(self)
 
     @classmethod

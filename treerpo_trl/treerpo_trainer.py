@@ -20,6 +20,7 @@ from trl.trainer.utils import get_config_model_id, print_prompt_completions_samp
 from .adapters import check_adapter, check_quantization, prepare_adapter
 from .backends import TransformersBackend, VLLMBackend, find_context_length
 from .callbacks import TreeLoggingCallback
+from .checks.generation_options import check_generation_options, options_on_trees
 from .credit import ScoredTree, assign
 from .metrics import Metrics, pool, step_metrics, tree_metrics
 from .model_card import write_model_card
@@ -152,6 +153,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         prepare_adapter(self.model, args.beta)
         check_engine(self.accelerator)
         check_processing_class(self.processing_class)
+        check_generation_options(args, self.model.generation_config, self.eos_token_ids)
         config: Any = args  # whose optional fields are all resolved
         self.tree_shape = TreeShape(
             tuple(config.branching_factor), config.segment_length, config.max_completion_length
@@ -203,10 +205,10 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         return completion_ids, [tree.completion_logprobs(leaf) for tree, leaf in rows] if self.use_vllm else None
 
     def _grow(self, prompts: list[list[int]]) -> list[Tree]:
-        with self._generating() as model:
+        with self._generating() as model, options_on_trees(model, self.generation_config) as options:
             backend = TransformersBackend(
                 model=model,
-                generation_config=self.generation_config,
+                generation_config=options,
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self._tokenizer.pad_token_id,
                 max_rows=self.args.max_frontier_rows,

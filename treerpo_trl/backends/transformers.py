@@ -28,6 +28,7 @@ from transformers import (
 
 from ..tree import ROOT, Segment, Tree
 from .caches import fork, is_forkable
+from .options import options_of_segment
 
 
 @dataclass
@@ -38,11 +39,13 @@ class _Block:
         input_ids: (R, P) prefixes, prompts left-padded.
         attention_mask: (R, P) 0 on padding.
         cache: Keys and values of the first P - 1 positions; `None` to prefill whole prefixes instead.
+        num_sampled: How many of the P tokens were sampled, after the prompts.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     cache: Cache | None
+    num_sampled: int = 0
 
 
 class TransformersBackend:
@@ -169,8 +172,9 @@ class TransformersBackend:
         if self.stop_strings is not None:
             watcher = _StopStringWatcher(StopStringCriteria(self.tokenizer, self.stop_strings), input_ids)
             arguments["stopping_criteria"] = StoppingCriteriaList([watcher])
-        generation_config = copy.deepcopy(self.generation_config)
-        generation_config.max_new_tokens = max_tokens
+        generation_config = options_of_segment(
+            self.generation_config, input_ids.size(1), block.num_sampled, max_tokens, is_last
+        )
         with _explain_nan():
             output = self.model.generate(
                 input_ids=input_ids,
@@ -187,7 +191,8 @@ class TransformersBackend:
         if cache is not None and len(alive) < len(drawn):
             cache.batch_select_indices(alive_R)
         grown = attention_mask.new_ones(len(drawn), output.size(1) - input_ids.size(1))
-        return _Block(output[alive_R], torch.cat([attention_mask, grown], dim=1)[alive_R], cache), drawn
+        attention_mask = torch.cat([attention_mask, grown], dim=1)[alive_R]
+        return _Block(output[alive_R], attention_mask, cache, block.num_sampled + grown.size(1)), drawn
 
     def _keep_pace(self, num_calls: int) -> None:
         """Make the calls that this process has fewer in this wave than the one with most, on a token of no matter."""

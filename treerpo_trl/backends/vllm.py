@@ -12,6 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from ..tree import Segment, Tree
 
 
+# A server takes these from its model's generation config, and would count the tokens of one segment, not of its path.
+NO_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
 class _Completion(NamedTuple):
     """What vLLM drew after a prefix: tokens, and the log-probability, in nats, that each was drawn with."""
 
@@ -111,14 +115,15 @@ class VLLMBackend:
 
     def _call_engine(self, prefixes: list[list[int]], max_tokens: int) -> list[_Completion]:
         generation = self.generation
-        max_completion_length = generation.max_completion_length
+        max_completion_length, options = generation.max_completion_length, generation.generation_kwargs
         generation.max_completion_length = max_tokens
+        generation.generation_kwargs = {**NO_PENALTIES, **options}
         try:
             _, token_ids, logprobs, _ = generation.generate(
                 prompts=prefixes, images=None, num_generations=1, profiler=self.profile()
             )
         finally:
-            generation.max_completion_length = max_completion_length
+            generation.max_completion_length, generation.generation_kwargs = max_completion_length, options
         # Of each token, vLLM lists the log-probabilities of the sampled one alone; `None` stands for NaN.
         return [
             _Completion(list(ids), [float("nan") if sampled is None else sampled for (sampled,) in rows])
