@@ -6,12 +6,16 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 # What some models keep on themselves of the rows they saw last and read when they continue: a tensor of one item a row.
 ROW_STATE = ("rope_deltas",)  # multimodal models: by how much positions are ahead of the text's
+
+
+# A layer that holds nothing, because it reads the keys and values of another one or has no attention..
+NO_LAYER = getattr(cache_utils, "DummyLayer", None)
 
 
 class CannotForkError(Exception):
@@ -30,7 +34,7 @@ def check_forkable(cache: Any) -> None:
     is_forkable = (
         type(cache) is DynamicCache
         and vars(cache).keys() <= {*vars(DynamicCache()), "_is_user_defined"}
-        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer) for layer in cache.layers)
+        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer, NO_LAYER) for layer in cache.layers)
     )
     if not is_forkable:
         kinds = [type(cache), *(type(layer) for layer in getattr(cache, "layers", ()))]
@@ -94,7 +98,7 @@ def fork(cache: Cache, rows: Tensor, room: int) -> Cache:
     forked = copy.copy(cache)
     forked.layers = []
     for layer in cache.layers:
-        if layer.is_initialized and not layer.is_sliding:
+        if isinstance(layer, DynamicLayer) and layer.is_initialized and not layer.is_sliding:
             forked.layers.append(RoomyLayer(layer.keys[rows], layer.values[rows], room))
         else:  # a window drops tokens as it moves, so there is no room to write in place
             forked.layers.append(copy.copy(layer))
