@@ -137,7 +137,7 @@ STATEFUL: dict[str, Callable[[], object]] = {
         hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4,
     ),
     "minimax": lambda: MiniMaxConfig(  # a linear state beside the layers of its cache
-        **SIZES, head_dim=8, num_local_experts=4, block_size=4, layer_types=["linear_attention", "full_attention"]
+        **SIZES, head_dim=8, num_local_experts=4, block_size=4, layer_types=["full_attention", "linear_attention"]
     ),
     "granite_hybrid": lambda: GraniteMoeHybridConfig(  # convolutions and recurrent states in layers of its cache
         **SIZES, layer_types=["mamba", "attention"], num_local_experts=4, shared_intermediate_size=24, mamba_n_heads=4,

@@ -23,8 +23,8 @@ FAULTS = {
     "minimax": "not made of per-token keys and values alone: MiniMaxCache",
     "granite_hybrid": "not made of per-token keys and values alone: DynamicCache, LinearAttentionLayer",
     "recurrent_gemma": "not made of per-token keys and values alone",
-    "mamba": "not made of per-token keys and values alone: NoneType",
-    "openai_gpt": "not made of per-token keys and values alone: NoneType",
+    "mamba": "not made of per-token keys and values alone",
+    "openai_gpt": "ValueError: The following `model_kwargs` are not used by the model: ['past_key_values']",
 }
 
 
@@ -57,10 +57,9 @@ def generate(model, prompts=PROMPTS) -> list[list[tuple[int, ...]]]:
         input_ids = torch.tensor([prompt])
         output = model.generate(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False,
-            max_new_tokens=SHAPE.max_completion_length, eos_token_id=EOS, pad_token_id=PAD,
+            max_new_tokens=SHAPE.max_completion_length, eos_token_id=EOS, pad_token_id=PAD, suppress_tokens=[EOS],
         )  # fmt: skip
-        completion = output[0, len(prompt) :].tolist()
-        rows.append(tuple(completion[: completion.index(EOS) + 1] if EOS in completion else completion))
+        rows.append(tuple(output[0, len(prompt) :].tolist()))
     return [[row] * SHAPE.num_leaves for row in rows]
 
 
@@ -68,10 +67,9 @@ def generate(model, prompts=PROMPTS) -> list[list[tuple[int, ...]]]:
 def test_greedy_trees_are_what_generate_gives_row_by_row(family):
     model = make_sampler(family)
     expected = generate(model)
-    assert all(EOS not in row for rows in expected for row in rows)  # or the trees are not complete
-    assert len({row for rows in expected for row in rows}) == 2
+    assert len({row for rows in expected for row in rows}) == len(PROMPTS)
     for max_rows in (64, 3):  # more than a group, less than one
-        trees, said = sample(model, max_rows=max_rows)
+        trees, said = sample(model, max_rows=max_rows, suppress_tokens=[EOS])
         assert completions(trees) == expected
         if FAULTS[family] is None:
             assert not said
@@ -86,7 +84,8 @@ def test_batches_of_any_size_follow_one_another_on_a_model_that_keeps_state():
     backend = None
     for size in (2, 4, 1, 3):
         expected = generate(model, prompts[:size])
-        backend = make_backend(model, max_rows=3, fork_caches=backend and backend.fork_caches)
+        forks = backend and backend.fork_caches
+        backend = make_backend(model, max_rows=3, fork_caches=forks, suppress_tokens=[EOS])
         with torch.no_grad():
             assert completions(grow(prompts[:size], SHAPE, backend)) == expected
         rows = torch.randint(2, 9, (5, 7))
@@ -104,12 +103,21 @@ def without_last_layer(cache, rows, room):
     return forked
 
 
-def same_memory(cache, rows, room):
+def keeping_ended_rows(cache, rows, room):
+    forked = caches.fork(cache, rows, room)
+    forked.batch_select_indices = lambda rows: None
+    return forked
+
+
+def in_one_memory(cache, rows, room):
     """What one chunk writes, the next one reads."""
-    return cache if len(rows) == len(cache.layers[0].keys) else caches.fork(cache, rows, room)
+    forked = caches.fork(cache, rows, room)
+    forked.layers[0] = cache.layers[0]
+    cache.layers[0].batch_select_indices(rows % len(cache.layers[0].keys))
+    return forked
 
 
-@pytest.mark.parametrize("fork", [wrong_row, without_last_layer, same_memory])
+@pytest.mark.parametrize("fork", [wrong_row, without_last_layer, keeping_ended_rows, in_one_memory])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fork_that_gives_something_else_is_found(model, monkeypatch, fork, dtype):
     """The type of the cache tells nothing here; what comes of it does."""
@@ -213,9 +221,11 @@ def test_the_trial_leaves_the_random_state_and_the_model_as_they_were():
 @pytest.mark.parametrize("max_rows", [64, 3, 2, 1])
 def test_the_trial_costs_some_calls_on_few_rows(model, max_rows):
     sizes = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     trial.find_fault(make_backend(model, max_rows), [[5] * 100, [6] * 100])
-    assert len(sizes) <= (21 if max_rows > 2 else 42)
+    assert len(sizes) <= (21 if max_rows > 2 else 50)
     assert max(rows for rows, _ in sizes) <= min(max_rows, 3)
     assert max(tokens for _, tokens in sizes) <= 10
 
@@ -247,7 +257,7 @@ def test_processes_of_one_model_decide_alike(model, monkeypatch):
 @pytest.mark.parametrize("place", ["config", "generation_config"])
 def test_a_checkpoint_that_turns_the_cache_off_is_sampled_on_the_cache(model, place):
     expected, _ = sample(model)
-    setattr(getattr(model, place), "use_cache", False)
+    getattr(model, place).use_cache = False
     positions = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: positions.append(kwargs["input_ids"].numel()), with_kwargs=True

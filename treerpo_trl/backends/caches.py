@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
-# What some models keep on themselves of the rows they saw last and read when they continue: a tensor of one item a row.
+# What some models keep on themselves of the rows they saw last, an item a row, and read when they continue.
 ROW_STATE = ("rope_deltas",)  # multimodal models: by how much positions are ahead of the text's
 
 
@@ -31,10 +31,11 @@ def check_forkable(cache: Any) -> None:
     Raises:
         CannotForkError: It is something else.
     """
+    known = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer, NO_LAYER)
     is_forkable = (
         type(cache) is DynamicCache
         and vars(cache).keys() <= {*vars(DynamicCache()), "_is_user_defined"}
-        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer, NO_LAYER) for layer in cache.layers)
+        and all(type(layer) in known for layer in cache.layers)
     )
     if not is_forkable:
         kinds = [type(cache), *(type(layer) for layer in getattr(cache, "layers", ()))]

@@ -74,7 +74,8 @@ def _walk(backend: Any, prompts: Sequence[Sequence[int]], fork_caches: bool) -> 
         synced_gpus=backend.synced_gpus,
     )
     trial.logits_processors.append(guide)
-    grow([_stretch(prompts[place], length) for place, length in zip((0, -1), PROMPT_LENGTHS)], SHAPE, trial)
+    pair = zip((prompts[0], prompts[-1]), PROMPT_LENGTHS, strict=True)
+    grow([_stretch(prompt, length) for prompt, length in pair], SHAPE, trial)
     return guide.log_probs
 
 
