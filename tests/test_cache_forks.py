@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import EOS, PAD, spread_reward
 from families import make_sampler
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
+from transformers import Cache, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from treerpo_trl import TreeRPOTrainer
 from treerpo_trl.backends import TransformersBackend, caches, transformers, trial
@@ -266,3 +267,25 @@ def test_a_checkpoint_that_turns_the_cache_off_is_sampled_on_the_cache(model, pl
     assert trees == expected and not said
     assert sum(positions) == 2 * 5 + sum(tree.num_sampled_tokens for tree in trees)
     assert not sample(model)[1]
+
+
+class PlainSubclass(DynamicCache):
+    pass
+
+
+def with_attribute(cache):
+    cache.state = torch.zeros(2)
+    return cache
+
+
+class LayerSubclass(DynamicLayer):
+    pass
+
+
+@pytest.mark.parametrize(
+    "cache", [PlainSubclass(), with_attribute(DynamicCache()), DynamicCache(offloading=True), Cache([LayerSubclass()])]
+)
+def test_only_caches_of_known_kinds_are_forked(cache):
+    caches.check_forkable(DynamicCache())
+    with pytest.raises(caches.CannotForkError, match=type(cache).__name__):
+        caches.check_forkable(cache)
