@@ -11,30 +11,37 @@ from torch import Tensor
 from transformers import (
     AfmoeConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BloomConfig,
     CTRLConfig,
     DeepseekV3Config,
     DogeConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
     GptOssConfig,
+    GraniteMoeHybridConfig,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
+    MiniMaxConfig,
     MistralConfig,
     MixtralConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     Phi3Config,
     PhimoeConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
 )
 from trl.trainer.utils import add_fused_lm_head
 
@@ -116,6 +123,44 @@ OTHERS: dict[str, Callable[[], object]] = {
     "doge_window": lambda: DogeConfig(**SIZES, sliding_window=20),
     "ctrl": lambda: CTRLConfig(**{**GPT_SIZES, "dff": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
 }  # fmt: skip
+
+# Families that keep more than keys and values of what they have read, or less.
+STATEFUL: dict[str, Callable[[], object]] = {
+    "qwen2_5_vl": lambda: Qwen2_5_VLConfig(  # offsets of positions, on the model
+        text_config={**SIZES, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+        vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32},
+        image_token_id=20, video_token_id=21, vision_start_token_id=22, vision_end_token_id=23,
+    ),
+    "gemma3n": lambda: Gemma3nTextConfig(  # layers that read the keys and values of others
+        **{**SIZES, "num_hidden_layers": 4}, head_dim=8, sliding_window=WINDOW, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "minimax": lambda: MiniMaxConfig(  # a linear state beside the layers of its cache
+        **SIZES, head_dim=8, num_local_experts=4, block_size=4, layer_types=["full_attention", "linear_attention"]
+    ),
+    "granite_hybrid": lambda: GraniteMoeHybridConfig(  # convolutions and recurrent states in layers of its cache
+        **SIZES, layer_types=["mamba", "attention"], num_local_experts=4, shared_intermediate_size=24, mamba_n_heads=4,
+        mamba_d_head=16, mamba_d_state=4, mamba_chunk_size=8,
+    ),
+    "recurrent_gemma": lambda: RecurrentGemmaConfig(  # recurrent states on the model
+        **{**SIZES, "num_hidden_layers": 3}, lru_width=32, attention_window_size=16
+    ),
+    "mamba": OTHERS["mamba"],  # a cache of another name
+    "openai_gpt": lambda: OpenAIGPTConfig(**GPT_SIZES, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),  # no cache
+}  # fmt: skip
+
+
+def make_sampler(family: str) -> PreTrainedModel:
+    """A random model of any family to sample from, sharp enough that its prefixes matter."""
+    torch.manual_seed(0)
+    config = {**FAMILIES, **OTHERS, **STATEFUL}[family]()
+    auto = AutoModelForImageTextToText if family == "qwen2_5_vl" else AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, temperature: float = TEMPERATURE) -> PreTrainedModel:

@@ -208,7 +208,7 @@ def test_hybrid_models_fall_back_to_prefilling_with_one_warning():
     torch.manual_seed(0)
     hybrid = AutoModelForCausalLM.from_config(config).eval()
     with pytest.warns(UserWarning, match="cannot be forked.*not different") as caught:
-        trees = grow_trees(hybrid, SHAPE)
+        trees = grow_trees(hybrid, SHAPE, fork_caches=None)
     assert len([warning for warning in caught if "forked" in str(warning.message)]) == 1
     assert trees == grow_trees(hybrid, SHAPE, fork_caches=False)
 

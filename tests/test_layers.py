@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "tree": set(),
     "credit": {"treerpo_trl.tree"},
     "sampling": {"treerpo_trl.tree"},
-    "backends": {"treerpo_trl.tree", "accelerate", "torch", "transformers"},
+    "backends": {"treerpo_trl.sampling", "treerpo_trl.tree", "accelerate", "torch", "transformers"},
     "rows": {"treerpo_trl.tree", "treerpo_trl.credit", "torch"},
     "scoring": {"torch", "trl"},
     "prefix_sharing": {"torch", "transformers"},

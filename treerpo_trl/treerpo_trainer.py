@@ -160,7 +160,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         )
         self.last_trees: list[ScoredTree] = []
         self._trees: list[Tree] = []
-        self._can_fork_caches = True
+        self._can_fork_caches: bool | None = None  # not known yet
         self._rewards = RowRewards([], [], {})
         self._phase_timer = PhaseTimer(self.accelerator.device)
         self._gradient_guard = GradientGuard(self.accelerator)

@@ -5,20 +5,58 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import Tensor
-from transformers import Cache
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
-def is_forkable(cache: Any) -> bool:
-    """Whether every layer of the cache is one tensor of keys and one of values, row by row.
+# What some models keep on themselves of the rows they saw last, an item a row, and read when they continue.
+ROW_STATE = ("rope_deltas",)  # multimodal models: by how much positions are ahead of the text's
 
-    Subclasses are refused: layers of hybrid models derive from these and hold a recurrent state besides, which
-    `batch_select_indices` would leave unforked.
+
+# A layer that holds nothing, because it reads the keys and values of another one or has no attention..
+NO_LAYER = getattr(cache_utils, "DummyLayer", None)
+
+
+class CannotForkError(Exception):
+    """A cache has parts that a fork would leave out."""
+
+
+def check_forkable(cache: Any) -> None:
+    """Check that the cache is nothing but one tensor of keys and one of values a layer, row by row.
+
+    Subclasses are refused: those of hybrid models hold a recurrent state besides, in the layers or beside them. So are
+    caches with further attributes, as offloaded ones are.
+
+    Raises:
+        CannotForkError: It is something else.
     """
-    return isinstance(cache, Cache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer) for layer in cache.layers
+    known = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer, NO_LAYER)
+    is_forkable = (
+        type(cache) is DynamicCache
+        and vars(cache).keys() <= {*vars(DynamicCache()), "_is_user_defined"}
+        and all(type(layer) in known for layer in cache.layers)
     )
+    if not is_forkable:
+        kinds = [type(cache), *(type(layer) for layer in getattr(cache, "layers", ()))]
+        names = ", ".join(dict.fromkeys(kind.__name__ for kind in kinds))
+        raise CannotForkError(f"it is not made of per-token keys and values alone: {names}")
+
+
+def take_row_state(model: nn.Module, rows: Tensor) -> list[tuple[nn.Module, str, Tensor]]:
+    """What the model keeps on itself of some rows of the batch it saw last: (module, name, value) each."""
+    return [
+        (module, name, vars(module)[name][rows])
+        for module in model.modules()
+        for name in ROW_STATE
+        if isinstance(vars(module).get(name), Tensor)
+    ]
+
+
+def put_row_state(state: list[tuple[nn.Module, str, Tensor]], rows: Tensor) -> None:
+    """Have the model go on from some rows of what [`take_row_state`] returned."""
+    for module, name, value in state:
+        setattr(module, name, value[rows])
 
 
 class RoomyLayer(DynamicLayer):
@@ -61,7 +99,7 @@ def fork(cache: Cache, rows: Tensor, room: int) -> Cache:
     forked = copy.copy(cache)
     forked.layers = []
     for layer in cache.layers:
-        if layer.is_initialized and not layer.is_sliding:
+        if isinstance(layer, DynamicLayer) and layer.is_initialized and not layer.is_sliding:
             forked.layers.append(RoomyLayer(layer.keys[rows], layer.values[rows], room))
         else:  # a window drops tokens as it moves, so there is no room to write in place
             forked.layers.append(copy.copy(layer))

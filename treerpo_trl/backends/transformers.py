@@ -10,15 +10,16 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from transformers import (
     Cache,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -27,8 +28,9 @@ from transformers import (
 )
 
 from ..tree import ROOT, Segment, Tree
-from .caches import fork, is_forkable
+from .caches import check_forkable, fork, put_row_state, take_row_state
 from .options import options_of_segment
+from .trial import find_fault
 
 
 @dataclass
@@ -40,12 +42,14 @@ class _Block:
         attention_mask: (R, P) 0 on padding.
         cache: Keys and values of the first P - 1 positions; `None` to prefill whole prefixes instead.
         num_sampled: How many of the P tokens were sampled, after the prompts.
+        row_state: What the model had of these rows on itself.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     cache: Cache | None
     num_sampled: int = 0
+    row_state: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
 
 
 class TransformersBackend:
@@ -66,7 +70,8 @@ class TransformersBackend:
         max_rows: Most rows to decode at a time. It bounds the memory of decoding; branches that go on are kept, too.
         tokenizer: Needed for `generation_config.stop_strings` only.
         fork_caches: Whether to continue from forked caches. `False` prefills every prefix again, which is slower and
-            draws from the same distribution. Models whose cache cannot be forked do so in any case, with a warning.
+            draws from the same distribution. `None` tries out on the first prompts whether forks are right for this
+            model, and warns if they are not. The attribute of this name has the outcome, for the next backend.
         synced_gpus: Whether processes hold shards of one model, so that all must run it equally often. Each then makes
             as many calls a wave as the one with most, and each call lasts until all have finished theirs. Every
             process must bring the same number of trees.
@@ -80,11 +85,13 @@ class TransformersBackend:
         pad_token_id: int,
         max_rows: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        fork_caches: bool = True,
+        fork_caches: bool | None = None,
         synced_gpus: bool = False,
     ):
         self.model = model
         self.generation_config = copy.deepcopy(generation_config)
+        self.generation_config.use_cache = True  # whatever the checkpoint says: trees are grown on the cache
+        self.logits_processors = LogitsProcessorList()  # that come after those of the generation config
         self.eos_token_ids = torch.tensor(list(eos_token_ids))
         self.pad_token_id = pad_token_id
         self.max_rows = max_rows
@@ -105,6 +112,8 @@ class TransformersBackend:
         is_last: bool,
     ) -> list[list[Segment]]:
         """See [`~treerpo_trl.sampling.Backend`]."""
+        if self.fork_caches is None:
+            self.fork_caches = self._can_fork([tree.prompt_ids for tree in trees])
         roots = [branch for branch in branches if branch[1] == ROOT]
         for start in range(0, len(roots), self.max_rows):
             self._prefill(trees, roots[start : start + self.max_rows])
@@ -133,6 +142,17 @@ class TransformersBackend:
         self._places = places
         return [segments[branch] for branch in branches]
 
+    def _can_fork(self, prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether forks are right for this model; a warning says why not."""
+        fault = find_fault(self, prompts)
+        if fault is not None:
+            warnings.warn(
+                f"The cache of {type(self.model).__name__} cannot be forked ({fault}), so every wave prefills its "
+                "prefixes again. Sampling is slower, not different.",
+                stacklevel=2,
+            )
+        return fault is None
+
     def _prefill(self, trees: Sequence[Tree], roots: Sequence[tuple[int, int]]) -> None:
         """Compute the prompts but their last tokens, which `generate` is fed to continue."""
         prompts = [trees[tree_index].prompt_ids for tree_index, _ in roots]
@@ -149,13 +169,9 @@ class TransformersBackend:
             # This prepares positions, masks and the kind of cache the way the model wants them.
             output = self._generate_greedily(block.input_ids[:, :-1], block.attention_mask[:, :-1])
             block.cache = output.past_key_values
-        if self.fork_caches and not is_forkable(block.cache):
-            warnings.warn(
-                f"The cache of {type(self.model).__name__} cannot be forked (it is not made of per-token keys and "
-                "values alone), so every wave prefills its prefixes again. Sampling is slower, not different.",
-                stacklevel=2,
-            )
-            block.cache, self.fork_caches = None, False
+            block.row_state = take_row_state(self.model, torch.arange(len(prompts)))
+        if self.fork_caches:
+            check_forkable(block.cache)
         for row, root in enumerate(roots):
             self._places[root] = (block, row)
 
@@ -167,6 +183,7 @@ class TransformersBackend:
         rows = torch.tensor([self._places[parent][1] for parent in parents], device=block.input_ids.device)
         input_ids, attention_mask = block.input_ids[rows], block.attention_mask[rows]
         cache = None if block.cache is None else fork(block.cache, rows, max_tokens)
+        put_row_state(block.row_state, rows)
         arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
         watcher = None
         if self.stop_strings is not None:
@@ -181,6 +198,7 @@ class TransformersBackend:
                 attention_mask=attention_mask,
                 generation_config=generation_config,
                 synced_gpus=self.synced_gpus,
+                logits_processor=self.logits_processors,
                 **arguments,
             )
         drawn = self._cut(output[:, input_ids.size(1) :], watcher)
@@ -192,7 +210,9 @@ class TransformersBackend:
             cache.batch_select_indices(alive_R)
         grown = attention_mask.new_ones(len(drawn), output.size(1) - input_ids.size(1))
         attention_mask = torch.cat([attention_mask, grown], dim=1)[alive_R]
-        return _Block(output[alive_R], attention_mask, cache, block.num_sampled + grown.size(1)), drawn
+        state = [] if cache is None else take_row_state(self.model, alive_R)
+        num_sampled = block.num_sampled + grown.size(1)
+        return _Block(output[alive_R], attention_mask, cache, num_sampled, state), drawn
 
     def _keep_pace(self, num_calls: int) -> None:
         """Make the calls that this process has fewer in this wave than the one with most, on a token of no matter."""
@@ -214,6 +234,7 @@ class TransformersBackend:
                 eos_token_id=self.generation_config.eos_token_id,
                 bos_token_id=self.generation_config.bos_token_id,
                 return_dict_in_generate=True,
+                use_cache=True,
                 disable_compile=True,
             ),
             synced_gpus=self.synced_gpus,
