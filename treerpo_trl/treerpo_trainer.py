@@ -132,7 +132,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TreeRPOConfig(f"{model_name.split('/')[-1]}-TreeRPO")
         check_arguments(args, processing_class, tools, rollout_func, environment_factory)
-        check_dataset(train_dataset, args.generation_batch_size // args.num_generations, reward_funcs)
+        check_dataset(train_dataset, eval_dataset, args, reward_funcs)
         check_quantization(model, quantization_config, peft_config, args.model_init_kwargs)
         check_adapter(model, peft_config, args.beta)
         super().__init__(
@@ -150,7 +150,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         )
         prepare_adapter(self.model, args.beta)
         check_engine(self.accelerator)
-        check_processing_class(self.processing_class)
+        check_processing_class(self.processing_class, train_dataset, eval_dataset)
         config: Any = args  # whose optional fields are all resolved
         self.tree_shape = TreeShape(
             tuple(config.branching_factor), config.segment_length, config.max_completion_length
