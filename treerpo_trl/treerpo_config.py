@@ -172,7 +172,8 @@ class TreeRPOConfig(GRPOConfig):
         if self.generation_batch_size is None:
             check_trees_fit(self, self.steps_per_generation or self.gradient_accumulation_steps)
         with bf16_explained(self):
-            super().__post_init__()  # resolves steps_per_generation, and parses generation_kwargs from the command line
+            # Resolves steps_per_generation, and parses generation_kwargs from the command line.
+            super().__post_init__()
         check_trees_fit(self, self.steps_per_generation)
         refuse_owned_generation_kwargs(self)
         refuse_oversized_engine(self)

@@ -28,7 +28,7 @@ from .prefix_sharing import PrefixSharing
 from .resuming import ResumableGRPOTrainer
 from .rows import credit_tokens, lay_out, shuffle_micro_batches, slots
 from .sampling import TreeShape, grow
-from .scoring import DistinctRows, RowRewards, score_once
+from .scoring import DistinctRows, RowRewards, check_rewards, score_once
 from .timing import PhaseTimer, timed
 from .tree import Tree
 from .treerpo_config import TreeRPOConfig
@@ -261,9 +261,10 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         finally:
             self.reward_funcs = reward_funcs
+        weights, names = self.reward_weights, self.reward_func_names
+        check_rewards(rewards_per_func, weights, names, self.args.advantage_estimator)
         start = self.accelerator.process_index * len(prompts)
-        own_rewards = rewards_per_func[start : start + len(prompts)]
-        self._rewards = RowRewards.of(own_rewards, self.reward_weights, self.reward_func_names, rows)
+        self._rewards = RowRewards.of(rewards_per_func[start : start + len(prompts)], weights, names, rows)
         return rewards_per_func
 
     @timed("batch")
@@ -272,7 +273,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
-        self.last_trees = self._assign_credit()
+        trees = self.last_trees = self._assign_credit()
         device, completion_mask = output["completion_ids"].device, output["completion_mask"]
         layout = lay_out(
             self._trees,
@@ -282,13 +283,11 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         )
         advantages, loss_mask = (
             values.to(device)
-            for values in credit_tokens(
-                layout, self.last_trees, self.args.loss_weighting, self.tree_shape.segment_length
-            )
+            for values in credit_tokens(layout, trees, self.args.loss_weighting, self.tree_shape.segment_length)
         )
         self._log_row_advantages(advantages, (layout.node_BT >= 0).to(device))
-        rewards = self._rewards
-        self._log_pooled(tree_metrics(self.last_trees, self.tree_shape.branching, rewards.distinct, rewards.by_func))
+        rewards, trained = self._rewards, int((loss_mask > 0).sum())
+        self._log_pooled(tree_metrics(trees, self.tree_shape.branching, rewards.distinct, rewards.by_func, trained))
         return {
             **output,
             "advantages": advantages,

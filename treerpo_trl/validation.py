@@ -44,7 +44,7 @@ def check_arguments(args: Any, processing_class: Any, tools: Any, rollout_func: 
     check_processing_class(processing_class)
     if args.use_vllm and not is_vllm_available():
         raise ImportError(
-            "use_vllm=True needs vLLM, which is not installed: pip install \"treerpo-trl[vllm]\" (into an environment "
+            'use_vllm=True needs vLLM, which is not installed: pip install "treerpo-trl[vllm]" (into an environment '
             "of its own, as vLLM needs certain versions of torch and transformers), or leave use_vllm out"
         )
 
@@ -183,9 +183,9 @@ def _check_chat_template(processing_class: Any, dataset: Any) -> None:
     prompt = _first_row(dataset).get("prompt")
     if is_conversational({"prompt": prompt}) and getattr(processing_class, "chat_template", None) is None:
         raise ValueError(
-            f"prompts are chat messages, such as {repr(prompt)[:80]}, but the {type(processing_class).__name__} of "
-            f"{processing_class.name_or_path!r} has no chat template. Use an instruction-tuned model, set the "
-            "tokenizer's chat_template, or make the prompts texts"
+            f"prompts are chat messages, such as {repr(prompt)[:80]}, but the {type(processing_class).__name__} has "
+            "no chat template. Use an instruction-tuned model, set the tokenizer's chat_template, or make the prompts "
+            "texts"
         )
 
 

@@ -1,4 +1,4 @@
-"""The parser of the command line and of YAML files, which says what to write instead of an option that there is not."""
+"""The parser of the command line and of YAML files, which says where unknown options went."""
 
 from __future__ import annotations
 

@@ -23,7 +23,18 @@ WHOLE_NUMBERS = {
 FLAGS = ("log_trees",)
 # What TRL takes but trees refuse: no misspelling.
 REFUSED_CHOICES = frozenset(
-    {"grpo", "sapo", "luspo", "vespo", "sequence", "sequence_mask", "sequence_truncate", "batch", "none"}
+    {
+        "grpo",
+        "sapo",
+        "luspo",
+        "vespo",
+        "sequence",
+        "sequence_mask",
+        "sequence_truncate",
+        "batch",
+        "none",
+        "normalize_then_sum",
+    }
 )
 
 
@@ -107,6 +118,10 @@ def _check_sampling(config: Any) -> None:
     config.top_p = real_number("top_p", config.top_p)
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p is {config.top_p:g}; use a share of probability in (0, 1], 1.0 to keep all tokens")
+    if config.top_k is not None:
+        config.top_k = whole_number("top_k", config.top_k)
+        if config.top_k < 0 and not (config.use_vllm and config.top_k == -1):
+            raise ValueError(f"top_k is {config.top_k}; use a number of tokens, or 0 to keep all")
     if config.min_p is not None and not 0 <= (min_p := real_number("min_p", config.min_p)) <= 1:
         raise ValueError(f"min_p is {min_p:g}; use a probability in [0, 1], or None to keep all tokens")
     config.repetition_penalty = real_number("repetition_penalty", config.repetition_penalty)

@@ -31,7 +31,9 @@ def check_reward_funcs(reward_funcs: Any) -> None:
         ImportError: One needs math-verify, which is not installed.
     """
     if isinstance(reward_funcs, tuple | set | Mapping):
-        raise TypeError(f"reward_funcs is a {type(reward_funcs).__name__}; give one reward function, or a list of them")
+        raise TypeError(
+            f"reward_funcs is a {type(reward_funcs).__name__}; give one reward function, or a list of them"
+        )
     for reward_func in _as_list(reward_funcs):
         if isinstance(reward_func, str | nn.Module):
             continue  # TRL loads it

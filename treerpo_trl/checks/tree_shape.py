@@ -72,7 +72,7 @@ def _whole_numbers(given: Any) -> list[int]:
 
 
 def shapes_of(leaves: int, most: int = 3) -> list[list[int]]:
-    """Branching factors that make a number of leaves: for each depth from 2 the evenest, but a single depth for primes.
+    """Branching factors that make a number of leaves: the evenest of each depth from 2; a single depth for primes.
 
     Args:
         leaves: The number, at least 2.
