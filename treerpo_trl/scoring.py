@@ -112,10 +112,10 @@ def check_rewards(rewards_per_func: Tensor, weights: Tensor, names: Sequence[str
             continue
         rewards = rewards_per_func[row].tolist()
         parts = [
-            f"'{name}' returned {'None' if math.isnan(reward) else f'{reward:g}'} (weight {weight:g})"
+            f"'{name}' returned {'None' if math.isnan(reward) else f'{reward:g}'} (with weight {weight:g})"
             for name, reward, weight in zip(names, rewards, weights.tolist(), strict=True)
         ]
-        text = f"completion {row} has the reward {total:g}: {', '.join(parts)}. {fault}"
+        text = f"{', '.join(parts)} for completion {row}, whose reward is {total:g}{fault}"
         raise ValueError(f"{text}{_fitting_weights(rewards, weights.tolist())}")
 
 

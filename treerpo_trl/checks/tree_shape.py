@@ -102,13 +102,17 @@ def _factorizations(number: int, depth: int, largest: int) -> Iterator[list[int]
 def _suggest_shapes(leaves: int) -> str:
     if not 2 <= leaves <= MOST_SUGGESTED:
         return ""
-    shapes = " or ".join(map(str, shapes_of(leaves)))
-    return f". For {leaves} leaves set branching_factor={shapes}, without max_depth"
+    shapes = shapes_of(leaves)
+    if shapes == [[leaves]]:
+        return f". For {leaves} leaves set branching_factor={leaves}, max_depth=1"
+    return f". For {leaves} leaves set branching_factor={' or '.join(map(str, shapes))}, without max_depth"
 
 
 def _derive_lengths(config: Any, depth: int) -> None:
     if config.segment_length is None:
         given = config.max_completion_length
+        if given is not None and given < 1:
+            raise ValueError(f"max_completion_length is {given}; a completion has at least one token")
         config.segment_length = DEFAULT_SEGMENT_LENGTH if given is None else math.ceil(given / depth)
     if config.segment_length < 1:
         raise ValueError(f"segment_length is {config.segment_length}; a segment has at least one token")
