@@ -45,9 +45,8 @@ def check_reward_funcs(reward_funcs: Any) -> None:
         if isinstance(reward_func, type) and "__call__" in vars(reward_func):
             name = reward_func.__name__
             raise TypeError(f"the reward function {name} is a class, so a call would make one; give {name}(...)")
-        function = _unwrap(reward_func)[0]
-        source = {getattr(function, "__module__", None), type(function).__module__}
-        if MATH_REWARDS in source and not is_math_verify_available():
+        source = getattr(_unwrap(reward_func)[0], "__module__", None)  # an object has its class's
+        if source == MATH_REWARDS and not is_math_verify_available():
             raise ImportError(
                 f"the reward function '{get_callable_name(reward_func)}' of TRL needs the package math-verify, which "
                 'is not installed; pip install "treerpo-trl[math]"'
