@@ -53,7 +53,7 @@ from datasets import Dataset, IterableDataset
 from math_rewards import boxed_math_accuracy_reward, math_accuracy_reward
 from train_data import drop_long_prompts, load_split, set_columns
 from transformers import AutoProcessor
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.rewards import (
     accuracy_reward,
     get_soft_overlong_punishment,
@@ -64,6 +64,7 @@ from trl.rewards import (
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.adapters import check_quantization
 from treerpo_trl.checkpoints import last_complete_checkpoint
+from treerpo_trl.checks.command_line import TreeRPOParser
 
 
 REWARD_FUNCS: dict[str, Callable] = {
@@ -276,9 +277,9 @@ def main(script_args: TreeRPOScriptArguments, training_args: TreeRPOConfig, mode
     trainer.accelerator.end_training()  # finishes the trackers and destroys the process group
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> TreeRPOParser:
     """The parser of the command line and of the YAML file given with `--config`."""
-    return TrlParser((TreeRPOScriptArguments, TreeRPOConfig, ModelConfig))
+    return TreeRPOParser((TreeRPOScriptArguments, TreeRPOConfig, ModelConfig))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_unusual_chat_templates_train(model, make_args, dataset, template):
     [
         ("{{ raise_exception('only one message is allowed') }}", "only one message is allowed"),
         ("{% for m in messages %}{% endfor %}", "has no tokens; remove empty prompts"),
-        (None, "chat_template is not set"),
+        (None, "has no chat template"),
     ],
 )
 def test_a_template_that_fails_does_so_at_construction(model, make_args, dataset, template, message):

@@ -38,8 +38,8 @@ class Recorder:
         (lambda texts: [-float("inf")] * len(texts), ValueError, "'recorder' returned -inf for completion 0"),
         (lambda texts: [1e39] * len(texts), ValueError, r"'recorder' returned 1e\+39 for completion 0.*up to 3.4e"),
         (lambda texts: [10**400] * len(texts), ValueError, "'recorder' returned 10000.*up to 3.4e"),
-        (lambda texts: [-0.5] * len(texts), ValueError, "-0.5, but advantage_estimator='treerpo'.*'group_std'"),
-        (lambda texts: [2.0] * len(texts), ValueError, "2.0, but advantage_estimator='treerpo'.*reward_weights"),
+        (lambda texts: [-0.5] * len(texts), ValueError, "'recorder' returned -0.5 .*'treerpo'.*'group_std'"),
+        (lambda texts: [2.0] * len(texts), ValueError, "'recorder' returned 2 .*'treerpo'.*reward_weights"),
         (lambda texts: 1 / 0, ZeroDivisionError, "division by zero"),
     ],
 )  # fmt: skip

@@ -183,6 +183,10 @@ def test_truncated_completions_can_be_masked(model, reference, make_args, datase
         masked.append(dataclasses.replace(scored, kept=kept))
     assert dropped and any(any(scored.kept) for scored in masked)
     assert_gradients_match(policy, gradient, reference_loss(policy, reference, reference, masked, args))
+    nodes = [pair for scored in masked for pair in zip(scored.tree.nodes, scored.kept, strict=True)]
+    trained = sum(len(node.token_ids) for node, is_kept in nodes if is_kept)
+    sampled = sum(scored.tree.num_sampled_tokens for scored in masked)
+    assert recorder.trainer.state.log_history[0]["tree/trained_tokens"] == pytest.approx(trained / sampled)
 
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "dr_grpo", "cispo"])

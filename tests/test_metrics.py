@@ -28,14 +28,17 @@ def metrics_of(scored: list[ScoredTree], branching: tuple[int, ...]) -> Metrics:
         [[float("nan") if (reward := tree.rewards[leaf]) is None else reward] for tree, leaf in rows]
     )
     given = RowRewards.of(rewards.view(-1, 1), torch.ones(1), ["only"], distinct)
-    return tree_metrics(scored, branching, given.distinct, given.by_func)
+    nodes = [pair for tree in scored for pair in zip(tree.tree.nodes, tree.kept, strict=True)]
+    trained_tokens = sum(len(node.token_ids) for node, is_kept in nodes if is_kept)
+    return tree_metrics(scored, branching, given.distinct, given.by_func, trained_tokens)
 
 
 def test_golden_numbers():
     tree = Tree.from_prompt([9]).grow({ROOT: [Segment((1, 2), True), Segment((3, 4, 5), False)]})
     tree = tree.grow({2: [Segment((6,), True), Segment((7, 8), False)]})
     scored = assign(tree, {1: 1.0, 3: 0.5, 4: 0.5})
-    metrics = pool([tree_metrics([scored], (2, 2), [1.0, 0.5, 0.5], {"a": [1.0, 0.0, 0.25], "b": [math.nan, 1, 1]})])
+    by_func = {"a": [1.0, 0.0, 0.25], "b": [math.nan, 1, 1]}
+    metrics = pool([tree_metrics([scored], (2, 2), [1.0, 0.5, 0.5], by_func, trained_tokens=5)])
     assert metrics == {
         "tree/nodes": 4,
         "tree/leaves": 3,
@@ -166,9 +169,9 @@ def test_names_do_not_depend_on_the_trees(forest):
     """Processes pool their numbers by name, also one whose rewards are all None."""
     shape, trees = forest
     metrics = metrics_of([assign(tree, leaf_rewards(tree, [None])) for tree in trees], shape.branching)
-    assert list(metrics) == list(tree_metrics([], shape.branching, [], {"only": []}))
+    assert list(metrics) == list(tree_metrics([], shape.branching, [], {"only": []}, 0))
     assert all(math.isfinite(value) for value in pool([metrics]).values())
-    assert pool([tree_metrics([], shape.branching, [], {"only": []})]) == {}
+    assert pool([tree_metrics([], shape.branching, [], {"only": []}, 0)]) == {}
 
 
 def test_a_step_of_two_processes():

@@ -147,7 +147,7 @@ def test_a_tracker_has_every_tree_metric_of_every_step(tracked, read):
 def test_metrics_of_trees_are_logged_when_trees_were_sampled(tracked):
     """As TRL's of completions. What is undefined in a step is not logged in it, and no other name is missing."""
     logged = {step: tree_numbers(logs) for step, logs in steps_of(tracked[1]).items()}
-    every = tree_metrics([], (2, 2, 2), [], {"slow_reward": [], "sometimes": []}).keys() | PER_STEP
+    every = tree_metrics([], (2, 2, 2), [], {"slow_reward": [], "sometimes": []}, 0).keys() | PER_STEP
     undefined = {name for name in every if "advantage_abs" in name or "sometimes" in name}
     assert logged[1].keys() == every - undefined
     assert logged[2].keys() == logged[4].keys() == PER_STEP

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import coin_reward, make_tokenizer, spread, spread_reward, tiny_config
+from conftest import EOS, PAD, coin_reward, make_tokenizer, spread, spread_reward, tiny_config
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Qwen2ForSequenceClassification
@@ -263,6 +263,18 @@ def test_tree_metrics_are_logged_and_finite(model, make_args, dataset):
     }  # fmt: skip
     scored = trainer.last_trees
     assert trainer.state.log_history[1]["tree/nodes"] == sum(len(tree.tree.nodes) - 1 for tree in scored) / len(scored)
+
+
+def test_tokens_that_carry_no_loss_are_not_counted_as_trained(model, make_args, dataset):
+    """Where all completions are truncated and masked, nothing is trained, though groups are kept."""
+    never_ends = {"suppress_tokens": [PAD, EOS]}
+    args = make_args(mask_truncated_completions=True, max_steps=1, generation_kwargs=never_ends)
+    trainer = TreeRPOTrainer(model, spread_reward, args, train_dataset=dataset, processing_class=make_tokenizer())
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["completions/clipped_ratio"] == 1
+    assert log["grad_norm"] == 0 and log["tree/trained_tokens"] == 0
+    assert log["tree/kept_groups"] > 0 and log["tree/advantage_abs"] > 0
 
 
 def test_the_same_seed_gives_the_same_run(model_path, make_args, dataset):

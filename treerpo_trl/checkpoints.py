@@ -184,9 +184,10 @@ def choose_checkpoint(given: str | Path | bool | None, output_dir: str | Path) -
         return None
     if given is True:
         if (last := last_complete_checkpoint(output_dir)) is None:
+            newest = [f". {name}: {fault}" for name, fault in _find_last(output_dir)[1].items()][:1]
             raise ValueError(
-                f"No valid checkpoint found in output directory ({output_dir}). Leave resume_from_checkpoint out to "
-                "start from the beginning, or pass the path of a checkpoint"
+                f"No valid checkpoint found in output directory ({output_dir}){''.join(newest)}. Leave "
+                "resume_from_checkpoint out to start from the beginning, or pass the path of a checkpoint"
             )
         return last
     check_checkpoint(given)

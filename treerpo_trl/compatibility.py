@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .checks.options import refusal
 from .credit import ESTIMATORS
 
 
@@ -29,11 +30,10 @@ def refuse_unsupported(config: Any) -> None:
         rules = [*rules, _IMPORTANCE_SAMPLING_RULE]
     for name, allowed, reason in rules:
         value = getattr(config, name)
+        if name == "scale_rewards" and config.advantage_estimator == "centered":
+            allowed = (*allowed, "none", False)  # which says the same
         if value not in allowed:
-            raise ValueError(
-                f"{name}={value!r} does not work with trees: {reason}. Use {name}="
-                + " or ".join(repr(choice) for choice in allowed)
-            )
+            raise ValueError(refusal(name, value, allowed, reason))
 
 
 def refuse_oversized_engine(config: Any) -> None:
@@ -65,7 +65,7 @@ _RULES: list[tuple[str, Sequence[Any], str]] = [
     ),
     ("importance_sampling_level", ("token",), "a row of a tree holds only the tokens it owns of its sequence"),
     ("off_policy_mask_threshold", (None,), "it masks whole rows, which share their tokens with other rows"),
-    ("scale_rewards", ("group", True), "advantage_estimator scales the advantages; 'centered' does not scale"),
+    ("scale_rewards", ("group", True), "advantage_estimator scales advantages; set it to 'centered' not to scale"),
     ("multi_objective_aggregation", ("sum_then_normalize",), "a leaf's value is the weighted sum of its rewards"),
     ("use_transformers_continuous_batching", (False,), NO_CONTINUOUS_BATCHING),
     ("use_transformers_paged", (False,), NO_CONTINUOUS_BATCHING),

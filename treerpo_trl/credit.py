@@ -172,13 +172,18 @@ def assign(
 
 def check_reward(reward: float | None, leaf: int, estimator: str) -> None:
     """Raise a ValueError that names the reward and the fix if `estimator` cannot work with it."""
-    if reward is None:
-        return
+    if reward is not None and (fault := find_reward_fault(reward, estimator)) is not None:
+        raise ValueError(f"the reward of leaf {leaf} is {reward}{fault}")
+
+
+def find_reward_fault(reward: float, estimator: str) -> str | None:
+    """Why `estimator` cannot work with a leaf's reward and what to do, to go on with after it; `None` if it can."""
     if not math.isfinite(reward):
-        raise ValueError(f"the reward of leaf {leaf} is {reward}; return a finite number, or None to skip the sample")
+        return "; return a finite number, of which the weighted sum is finite too, or None to skip the sample"
     if estimator in UNIT_INTERVAL_ESTIMATORS and not -ROUNDING <= reward <= 1 + ROUNDING:
-        raise ValueError(
-            f"the reward of leaf {leaf} is {reward}, but advantage_estimator='{estimator}' needs rewards in [0, 1] "
-            "(it divides by a function of mu(1 - mu)). Scale the reward functions or reward_weights so that their "
-            "weighted sum stays in [0, 1], or use advantage_estimator='group_std' or 'centered', which take any."
+        return (
+            f", but advantage_estimator='{estimator}' needs rewards in [0, 1] (it divides by a function of mu(1 - mu))"
+            ". Scale the reward functions or reward_weights so that their weighted sum stays in [0, 1], or use "
+            "advantage_estimator='group_std' or 'centered', which take any."
         )
+    return None

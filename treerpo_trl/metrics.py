@@ -122,6 +122,7 @@ def tree_metrics(
     branching: Sequence[int],
     rewards: Sequence[float | None],
     rewards_by_func: Mapping[str, Sequence[float]],
+    trained_tokens: int,
 ) -> Metrics:
     """What to log of a batch of trees; the same names, in the same order, whatever the trees hold.
 
@@ -132,10 +133,12 @@ def tree_metrics(
     - `tree/sampled_tokens`: sampled tokens a tree, each counted once.
     - `tree/token_sharing`: tokens of the tree's rows / its sampled tokens: what a flat sampler would have drawn for
       the same rows.
-    - `tree/trained_tokens`: share of the sampled tokens that carry loss.
+    - `tree/trained_tokens`: share of the sampled tokens that carry loss: those of kept nodes, but for the nodes that
+      `mask_truncated_completions` takes out.
     - `tree/reward`, `tree/reward_std`: mean and standard deviation of the rewards of the distinct trajectories;
       `tree/rewards/{name}/mean` and `/std` of one reward function.
-    - `tree/kept_groups`: share of groups that were not pruned; `tree/kept_groups/depth_d` of those at depth d.
+    - `tree/kept_groups`: share of groups that were not pruned; `tree/kept_groups/depth_d` of those at depth d. This
+      and `tree/advantage_abs` are about values: also of nodes that `mask_truncated_completions` takes out of the loss.
     - `tree/value_mean/depth_d`, `tree/value_std/depth_d`: mean and standard deviation of the values at depth d.
     - `tree/value_range/depth_d`: max - min of the values of a group at depth d.
     - `tree/value_range_max`: the largest of these of any group with two values or more.
@@ -147,9 +150,10 @@ def tree_metrics(
         rewards: [U] reward of each distinct trajectory (the weighted sum over the reward functions), `None` if
             unscorable.
         rewards_by_func: Name of a reward function -> [U] its rewards; NaN where it gave none.
+        trained_tokens: Number of tokens with a weight in the loss.
     """
     metrics: Metrics = {
-        **_shape_metrics(trees, math.prod(branching), len(rewards)),
+        **_shape_metrics(trees, math.prod(branching), len(rewards), trained_tokens),
         **_reward_metrics(rewards, rewards_by_func),
     }
     groups = [(scored, group) for scored in trees for group in scored.tree.children if group]
@@ -166,15 +170,9 @@ def tree_metrics(
     return metrics
 
 
-def _shape_metrics(trees: Sequence[ScoredTree], num_leaves: int, num_unique: int) -> Metrics:
+def _shape_metrics(trees: Sequence[ScoredTree], num_leaves: int, num_unique: int, trained_tokens: int) -> Metrics:
     leaf_depths = [[scored.tree.depths[leaf] for leaf in scored.tree.leaves] for scored in trees]
     sampled = Mean.of(scored.tree.num_sampled_tokens for scored in trees)
-    trained = sum(
-        len(node.token_ids)
-        for scored in trees
-        for node, kept in zip(scored.tree.nodes, scored.kept, strict=True)
-        if kept
-    )
     return {
         "tree/nodes": Mean.of(len(scored.tree.nodes) - 1 for scored in trees),
         "tree/leaves": Mean.of(len(depths) for depths in leaf_depths),
@@ -183,7 +181,7 @@ def _shape_metrics(trees: Sequence[ScoredTree], num_leaves: int, num_unique: int
         "tree/max_depth": Mean.of(max(scored.tree.depths) for scored in trees),
         "tree/sampled_tokens": sampled,
         "tree/token_sharing": Mean(sum(_row_tokens(scored, num_leaves) for scored in trees), sampled.total),
-        "tree/trained_tokens": Mean(trained, sampled.total),
+        "tree/trained_tokens": Mean(trained_tokens, sampled.total),
     }
 
 

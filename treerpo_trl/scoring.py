@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from .credit import find_reward_fault
+
 
 LARGEST_REWARD = torch.finfo(torch.float32).max
 
@@ -91,6 +93,40 @@ class RowRewards:
         return cls(total, distinct_rows.select(total), by_func)
 
 
+def check_rewards(rewards_per_func: Tensor, weights: Tensor, names: Sequence[str], estimator: str) -> None:
+    """Refuse rewards that an estimator cannot work with, by the reward functions that gave them.
+
+    Args:
+        rewards_per_func: (B, F) rewards by reward function, NaN where it returned `None`.
+        weights: (F,) weights of the reward functions.
+        names: [F] their names.
+        estimator: A name in `credit.ESTIMATORS`.
+
+    Raises:
+        ValueError: A weighted sum is not finite, or not in [0, 1] with an estimator made for that interval. The
+            message has each function's reward and weight.
+    """
+    weights = weights.to(rewards_per_func.device)
+    for row, total in enumerate((rewards_per_func * weights).nansum(dim=1).tolist()):
+        if (fault := find_reward_fault(total, estimator)) is None:
+            continue
+        rewards = rewards_per_func[row].tolist()
+        parts = [
+            f"'{name}' returned {'None' if math.isnan(reward) else f'{reward:g}'} (with weight {weight:g})"
+            for name, reward, weight in zip(names, rewards, weights.tolist(), strict=True)
+        ]
+        text = f"{', '.join(parts)} for completion {row}, whose reward is {total:g}{fault}"
+        raise ValueError(f"{text}{_fitting_weights(rewards, weights.tolist())}")
+
+
+def _fitting_weights(rewards: Sequence[float], weights: Sequence[float]) -> str:
+    """Weights in the same proportions that keep the sum in [0, 1], where each reward is already."""
+    if min(weights) < 0 or sum(weights) <= 1 or not all(math.isnan(r) or 0 <= r <= 1 for r in rewards):
+        return ""
+    fitting = [math.floor(1000 * weight / sum(weights)) / 1000 for weight in weights]
+    return f" Here reward_weights={fitting} would do."
+
+
 def score_once(reward_func: Callable[..., Any], rows: DistinctRows) -> Callable[..., Any]:
     """A reward function over all rows that calls `reward_func` with each distinct trajectory once.
 
@@ -133,8 +169,9 @@ def _select_kwargs(rows: DistinctRows, name: str, kwargs: dict[str, Any]) -> dic
 
 
 def _checked(name: str, rewards: Any, rows: DistinctRows) -> list[float | None]:
-    rewards = rewards.tolist() if isinstance(rewards, Tensor) else rewards
-    if not isinstance(rewards, Iterable) or isinstance(rewards, str | Mapping | Set):
+    if isinstance(rewards, Tensor) and rewards.dim() > 0:
+        rewards = list(rewards)  # of a (B, 1) tensor, as in TRL, tensors of one number
+    if isinstance(rewards, Tensor) or not isinstance(rewards, Iterable) or isinstance(rewards, str | Mapping | Set):
         raise TypeError(
             f"The reward function '{name}' returned a {type(rewards).__name__}; return a list with one number, or "
             "None to skip the completion, for each completion"
@@ -145,19 +182,20 @@ def _checked(name: str, rewards: Any, rows: DistinctRows) -> list[float | None]:
             f"The reward function '{name}' returned {len(rewards)} rewards, but {len(rows.first)} were expected (one "
             "per distinct completion). Make sure the reward function returns exactly one reward per completion."
         )
-    for index, reward in enumerate(rewards):
-        _check_reward(name, reward, index)
-    return rewards
+    return [_checked_reward(name, reward, index) for index, reward in enumerate(rewards)]
 
 
-def _check_reward(name: str, reward: Any, index: int) -> None:
-    """Refuse what is no number, and what is none in the single precision that rewards are kept in."""
+def _checked_reward(name: str, reward: Any, index: int) -> Any:
+    """A reward as a number. Refused is what is none, and what is none in the single precision that it is kept in."""
     try:
+        if hasattr(reward, "__len__") and not isinstance(reward, Tensor):
+            raise TypeError  # an array of one number, too: TRL refuses it
+        reward = reward.item() if isinstance(reward, Tensor) else reward
         is_too_large = reward is not None and math.fabs(reward) > LARGEST_REWARD  # NaN, as in TRL, stands for None
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:  # what is no number; a tensor of several
         raise TypeError(
-            f"The reward function '{name}' returned {reward!r} for completion {index}; return a number, or None to "
-            "skip the completion"
+            f"The reward function '{name}' returned {repr(reward)[:80]} for completion {index}; return a "
+            "number, or None to skip the completion"
         ) from error
     except OverflowError:
         is_too_large = True
@@ -166,6 +204,7 @@ def _check_reward(name: str, reward: Any, index: int) -> None:
             f"The reward function '{name}' returned {str(reward)[:40]} for completion {index}; return a finite number "
             f"(of single precision, up to {LARGEST_REWARD:.2g}), or None to skip the completion"
         )
+    return reward
 
 
 class _ScoreOnceModel(nn.Module):

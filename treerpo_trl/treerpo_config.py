@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from trl import GRPOConfig
 
 from .checks.generation_options import check_generation_kwargs
+from .checks.moved_options import explains_unknown_options
 from .checks.objective import check_normalizer, check_prune_threshold
+from .checks.options import check_options
+from .checks.precision import bf16_explained
 from .checks.tree_shape import check_trees_fit, derive_tree
 from .compatibility import refuse_oversized_engine, refuse_unsupported
 
@@ -20,8 +23,10 @@ if TYPE_CHECKING:
 else:  # what the command line parses
     Branching = list[int]
     Sharing = str
+AS_FLAG = {"true": True, "1": True, "false": False, "0": False}
 
 
+@explains_unknown_options
 @dataclass
 class TreeRPOConfig(GRPOConfig):
     r"""
@@ -168,15 +173,18 @@ class TreeRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         derive_tree(self)
-        self.prefix_sharing = {"true": True, "false": False}.get(str(self.prefix_sharing).lower(), self.prefix_sharing)
+        self.prefix_sharing = AS_FLAG.get(str(self.prefix_sharing).lower(), self.prefix_sharing)
         refuse_unsupported(self)
         check_normalizer(self)
         check_prune_threshold(self)
         self._check_tree_log()
         if self.generation_batch_size is None:
             check_trees_fit(self, self.steps_per_generation or self.gradient_accumulation_steps)
-        super().__post_init__()  # resolves steps_per_generation, and parses generation_kwargs from the command line
+        with bf16_explained(self):
+            # Resolves steps_per_generation, and parses generation_kwargs from the command line.
+            super().__post_init__()
         check_trees_fit(self, self.steps_per_generation)
         check_generation_kwargs(self)
         refuse_oversized_engine(self)

@@ -30,7 +30,7 @@ from .reporting.starvation import StarvationWatch
 from .resuming import ResumableGRPOTrainer
 from .rows import credit_tokens, entropy_of_the_batch, lay_out, row_means, shuffle_micro_batches, slots
 from .sampling import TreeShape, grow
-from .scoring import DistinctRows, RowRewards, score_once
+from .scoring import DistinctRows, RowRewards, check_rewards, score_once
 from .timing import PhaseTimer, timed
 from .tree import Tree
 from .treerpo_config import TreeRPOConfig
@@ -134,7 +134,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TreeRPOConfig(f"{model_name.split('/')[-1]}-TreeRPO")
         check_arguments(args, processing_class, tools, rollout_func, environment_factory)
-        check_dataset(train_dataset, args.generation_batch_size // args.num_generations, reward_funcs)
+        check_dataset(train_dataset, eval_dataset, args, reward_funcs)
         check_quantization(model, quantization_config, peft_config, args.model_init_kwargs)
         check_adapter(model, peft_config, args.beta)
         super().__init__(
@@ -152,7 +152,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         )
         prepare_adapter(self.model, args.beta)
         check_engine(self.accelerator)
-        check_processing_class(self.processing_class)
+        check_processing_class(self.processing_class, train_dataset, eval_dataset)
         check_generation_options(args, self.model.generation_config, self.eos_token_ids)
         config: Any = args  # whose optional fields are all resolved
         self.tree_shape = TreeShape(
@@ -265,9 +265,10 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         finally:
             self.reward_funcs = reward_funcs
+        weights, names = self.reward_weights, self.reward_func_names
+        check_rewards(rewards_per_func, weights, names, self.args.advantage_estimator)
         start = self.accelerator.process_index * len(prompts)
-        own_rewards = rewards_per_func[start : start + len(prompts)]
-        self._rewards = RowRewards.of(own_rewards, self.reward_weights, self.reward_func_names, rows)
+        self._rewards = RowRewards.of(rewards_per_func[start : start + len(prompts)], weights, names, rows)
         return rewards_per_func
 
     @timed("batch")
@@ -276,7 +277,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
-        self.last_trees = self._assign_credit()
+        trees = self.last_trees = self._assign_credit()
         device, completion_mask = output["completion_ids"].device, output["completion_mask"]
         layout = lay_out(
             self._trees,
@@ -286,15 +287,13 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         )
         advantages, loss_mask = (
             values.to(device)
-            for values in credit_tokens(
-                layout, self.last_trees, self.args.loss_weighting, self.tree_shape.segment_length
-            )
+            for values in credit_tokens(layout, trees, self.args.loss_weighting, self.tree_shape.segment_length)
         )
         # In the completions table, which holds one batch, a row's advantage is the mean over its tokens.
         self._logs["advantages"].extend(gather(row_means(advantages, layout)).tolist())
         trained_weight = self.accelerator.gather((completion_mask * loss_mask).sum()).sum()
-        rewards = self._rewards
-        metrics = tree_metrics(self.last_trees, self.tree_shape.branching, rewards.distinct, rewards.by_func)
+        rewards, trained = self._rewards, int((loss_mask > 0).sum())
+        metrics = tree_metrics(trees, self.tree_shape.branching, rewards.distinct, rewards.by_func, trained)
         self._starvation_watch.check(self._log_pooled(metrics), trained_weight)
         return {
             **output,

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 from transformers import ProcessorMixin
+from trl.data_utils import is_conversational
+from trl.import_utils import is_vllm_available
 
+from .checks.reward_functions import check_reward_columns, check_reward_funcs
 from .treerpo_config import TreeRPOConfig
 
 
 IMAGE_COLUMNS = ("image", "images")
 # Tokens that a chat template may add around the messages of a prompt.
 TEMPLATE_MARGIN = 512
-# What TRL calls a reward function with, besides the columns of the dataset.
-REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+# What TRL keeps of a row if remove_unused_columns is set.
+USED_COLUMNS = ("prompt", *IMAGE_COLUMNS)
 
 
 def check_arguments(args: Any, processing_class: Any, tools: Any, rollout_func: Any, environment_factory: Any) -> None:
@@ -27,6 +28,7 @@ def check_arguments(args: Any, processing_class: Any, tools: Any, rollout_func: 
     Raises:
         TypeError: `args` is not a TreeRPOConfig.
         ValueError: Tools, an environment, a rollout function or a multimodal processor is given.
+        ImportError: vLLM is to sample, but is not installed.
     """
     if not isinstance(args, TreeRPOConfig):
         raise TypeError(
@@ -40,13 +42,22 @@ def check_arguments(args: Any, processing_class: Any, tools: Any, rollout_func: 
                 f"which a tool call or an environment cannot follow yet. Remove {name}, or use trl.GRPOTrainer"
             )
     check_processing_class(processing_class)
+    if args.use_vllm and not is_vllm_available():
+        raise ImportError(
+            'use_vllm=True needs vLLM, which is not installed: pip install "treerpo-trl[vllm]" (into an environment '
+            "of its own, as vLLM needs certain versions of torch and transformers), or leave use_vllm out"
+        )
 
 
-def check_processing_class(processing_class: Any) -> None:
+def check_processing_class(processing_class: Any, *datasets: Any) -> None:
     """Refuse a processor, given or loaded with the model, that trees cannot use.
 
+    Args:
+        processing_class: The processor, or `None` if it is still to be loaded.
+        datasets: What it is to tokenize; a dataset, a dict of datasets or `None` each.
+
     Raises:
-        ValueError: It is multimodal, or has no end-of-sequence token.
+        ValueError: It is multimodal, or has no end-of-sequence token, or no chat template for chat messages.
     """
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(
@@ -58,6 +69,9 @@ def check_processing_class(processing_class: Any) -> None:
             f"the {type(processing_class).__name__} has no end-of-sequence token, so no completion could end; set its "
             "eos_token"
         )
+    for dataset in datasets:
+        for part in _parts("", dataset).values():
+            _check_chat_template(processing_class, part)
 
 
 def check_engine(accelerator: Any) -> None:
@@ -80,17 +94,22 @@ def check_engine(accelerator: Any) -> None:
             raise ValueError(f"the launch asked for {engine}, but accelerate runs {actual.value} instead. {on_cpu}")
 
 
-def check_dataset(dataset: Any, prompts_per_batch: int, reward_funcs: Any) -> None:
-    """Refuse training data that would train nothing, or that trees cannot use. Of a stream, the first rows are read.
+def check_dataset(dataset: Any, eval_dataset: Any, args: TreeRPOConfig, reward_funcs: Any) -> None:
+    """Refuse training data that would train nothing, or that trees cannot use, and rewards that do not fit the data.
+
+    Of a stream, the first rows are read.
 
     Raises:
-        ValueError: The dataset is missing, has too few rows, no `prompt` column, or images; or a reward function needs
-            a column that it has not.
+        ValueError: The dataset is missing, has too few rows, no `prompt` column, or images; or the columns of it, or
+            of the evaluation data, are not what a reward function takes.
+        TypeError, ImportError: What is given is no reward function, or lacks its package.
     """
+    check_reward_funcs(reward_funcs)
     if dataset is None:
         raise ValueError("train_dataset is None; pass a dataset with a 'prompt' column")
     if not isinstance(dataset, Dataset | IterableDataset):
         return  # TRL says which kinds it takes
+    prompts_per_batch = args.generation_batch_size // (args.num_generations or 1)
     rows = list(dataset.take(prompts_per_batch)) if isinstance(dataset, IterableDataset) else dataset
     if len(rows) < prompts_per_batch:
         raise ValueError(
@@ -108,8 +127,10 @@ def check_dataset(dataset: Any, prompts_per_batch: int, reward_funcs: Any) -> No
     if isinstance(rows, list):
         for index, row in enumerate(rows):
             _check_prompt(f"train_dataset[{index}]['prompt']", row["prompt"])
-    for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        _check_reward_func(reward_func, columns)
+    _check_reward_columns("train_dataset", columns, args, reward_funcs)
+    for name, part in _parts("eval_dataset", eval_dataset).items():
+        if "prompt" in (columns := _columns_of(part)):  # if not, `check_prompts` says so
+            _check_reward_columns(name, columns, args, reward_funcs)
 
 
 def check_prompts(
@@ -134,8 +155,8 @@ def check_prompts(
             f"{max_prompt_length + max_completion_length} tokens; lower segment_length or max_depth"
         )
     if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            check_prompts(f"{name}['{key}']", part, tokenize, max_prompt_length, max_completion_length)
+        for place, part in _parts(name, dataset).items():
+            check_prompts(place, part, tokenize, max_prompt_length, max_completion_length)
     if not isinstance(dataset, Dataset):
         return
     _check_has_prompts(name, dataset.column_names)
@@ -148,23 +169,42 @@ def check_prompts(
             check_prompt_lengths(tokenize([prompt])[0], max_prompt_length, max_completion_length)
 
 
-def _check_reward_func(reward_func: Any, columns: Sequence[str]) -> None:
-    """Everything that a reward function asks for must be given by TRL or be a column of the dataset."""
-    if not callable(reward_func) or isinstance(reward_func, torch.nn.Module):
-        return
-    try:
-        parameters = inspect.signature(reward_func).parameters.values()
-    except ValueError:  # it is written in C
-        return
-    for parameter in parameters:
-        takes_any = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        is_given = takes_any or parameter.default is not parameter.empty
-        if not is_given and parameter.name not in (*REWARD_ARGUMENTS, *columns):
-            name = getattr(reward_func, "__name__", type(reward_func).__name__)
-            raise ValueError(
-                f"the reward function '{name}' needs '{parameter.name}', but train_dataset has the columns {columns}; "
-                "rename the column that holds it, or give the argument a default"
-            )
+def _check_reward_columns(name: str, columns: Sequence[str], args: TreeRPOConfig, reward_funcs: Any) -> None:
+    if args.remove_unused_columns:
+        name, columns = f"{name}, by remove_unused_columns=True,", [key for key in columns if key in USED_COLUMNS]
+    check_reward_columns(reward_funcs, name, columns)
+
+
+def _check_chat_template(processing_class: Any, dataset: Any) -> None:
+    """Chat messages need a template; TRL looks at the first prompt to tell them from texts."""
+    features = getattr(dataset, "features", None)
+    if isinstance(dataset, IterableDataset) and isinstance((features or {}).get("prompt"), Value):
+        return  # so that the stream need not be opened
+    prompt = _first_row(dataset).get("prompt")
+    if is_conversational({"prompt": prompt}) and getattr(processing_class, "chat_template", None) is None:
+        raise ValueError(
+            f"prompts are chat messages, such as {repr(prompt)[:80]}, but the {type(processing_class).__name__} has "
+            "no chat template. Use an instruction-tuned model, set the tokenizer's chat_template, or make the prompts "
+            "texts"
+        )
+
+
+def _parts(name: str, dataset: Any) -> dict[str, Any]:
+    """The datasets of an argument that takes one or a dict of several, each with what to call it."""
+    if isinstance(dataset, dict):
+        return {f"{name}['{key}']": part for key, part in dataset.items()}
+    return {name: dataset}
+
+
+def _columns_of(dataset: Any) -> list[str]:
+    """The columns of a dataset's rows. A stream is opened only if it does not know them."""
+    known = dataset.column_names if isinstance(dataset, IterableDataset) else None
+    return list(known or _first_row(dataset))
+
+
+def _first_row(dataset: Any) -> dict[str, Any]:
+    """The first row; none of it of an empty dataset, or of what is no dataset."""
+    return next(iter(dataset), {}) if isinstance(dataset, Dataset | IterableDataset) else {}
 
 
 def _check_has_prompts(name: str, columns: Sequence[str]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from .options import whole_number
 
 
 DEFAULT_MAX_DEPTH = 3
 DEFAULT_SEGMENT_LENGTH = 128
+# Shapes are found by trying divisors, which for this many leaves takes about 10 ms.
+MOST_SUGGESTED = 4096
 
 
 def derive_tree(config: Any) -> None:
@@ -22,11 +26,7 @@ def derive_tree(config: Any) -> None:
         ValueError: The fields contradict each other, or no tree can have that shape.
     """
     given: Any = config.branching_factor
-    branching = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    if not branching or not all(type(number) is int for number in branching):
-        raise TypeError(
-            f"branching_factor is {given!r}; give a whole number, or a list with one for each depth of the tree"
-        )
+    branching = _whole_numbers(given)
     if config.max_depth is None:
         config.max_depth = len(branching) if len(branching) > 1 else DEFAULT_MAX_DEPTH
     if config.max_depth < 1:
@@ -49,6 +49,7 @@ def derive_tree(config: Any) -> None:
         raise ValueError(
             f"branching_factor {branching} over max_depth {config.max_depth} makes {leaves} leaves, but "
             f"num_generations is {config.num_generations}; leave num_generations unset or set it to {leaves}"
+            + _suggest_shapes(config.num_generations)
         )
     config.num_generations = leaves
     if config.max_frontier_rows < 1:
@@ -56,9 +57,62 @@ def derive_tree(config: Any) -> None:
     _derive_lengths(config, config.max_depth)
 
 
+def _whole_numbers(given: Any) -> list[int]:
+    """A branching factor as a list of numbers, as plain ints."""
+    numbers = given.tolist() if hasattr(given, "tolist") else given  # numpy's
+    branching = list(numbers) if isinstance(numbers, Sequence) and not isinstance(numbers, str) else [numbers]
+    try:
+        if not branching:
+            raise TypeError
+        return [whole_number("branching_factor", number) for number in branching]
+    except TypeError:
+        raise TypeError(
+            f"branching_factor is {given!r}; give a whole number, or a list with one for each depth of the tree"
+        ) from None
+
+
+def shapes_of(leaves: int, most: int = 3) -> list[list[int]]:
+    """Branching factors that make a number of leaves: the evenest of each depth from 2; a single depth for primes.
+
+    Args:
+        leaves: The number, at least 2.
+        most: Number of shapes, those first whose numbers differ least.
+    """
+    found = []
+    for depth in range(2, int(math.log2(leaves)) + 1):
+        choices = list(_factorizations(leaves, depth, leaves))
+        if choices:
+            found.append(min(choices, key=lambda factors: factors[0] / factors[-1]))
+    found.sort(key=lambda factors: (factors[0] / factors[-1], len(factors)))
+    return found[:most] or [[leaves]]
+
+
+def _factorizations(number: int, depth: int, largest: int) -> Iterator[list[int]]:
+    """Ways to write a number as a product of `depth` factors from 2 to `largest`, none greater than the one before."""
+    if depth == 1:
+        if 2 <= number <= largest:
+            yield [number]
+        return
+    for factor in range(2, min(number, largest) + 1):
+        if number % factor == 0:
+            for rest in _factorizations(number // factor, depth - 1, factor):
+                yield [factor, *rest]
+
+
+def _suggest_shapes(leaves: int) -> str:
+    if not 2 <= leaves <= MOST_SUGGESTED:
+        return ""
+    shapes = shapes_of(leaves)
+    if shapes == [[leaves]]:
+        return f". For {leaves} leaves set branching_factor={leaves}, max_depth=1"
+    return f". For {leaves} leaves set branching_factor={' or '.join(map(str, shapes))}, without max_depth"
+
+
 def _derive_lengths(config: Any, depth: int) -> None:
     if config.segment_length is None:
         given = config.max_completion_length
+        if given is not None and given < 1:
+            raise ValueError(f"max_completion_length is {given}; a completion has at least one token")
         config.segment_length = DEFAULT_SEGMENT_LENGTH if given is None else math.ceil(given / depth)
     if config.segment_length < 1:
         raise ValueError(f"segment_length is {config.segment_length}; a segment has at least one token")
