@@ -39,6 +39,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# First, so that packages which are installed and not used say nothing.
+from treerpo_trl.evaluation import Sampler, TransformersSampler, eos_token_ids_of, respond
+
+
+# isort: split
 from accelerate import PartialState
 from benchmarks import (
     BENCHMARKS,
@@ -51,6 +56,7 @@ from benchmarks import (
     load_problems,
     name_of,
 )
+from command_line import ScriptParser
 from evaluate_arguments import BATCH_SIZES, EvaluationArguments
 from evaluate_report import cells_of_run, run_comparison, show, summarize_all, to_json
 from peft import PeftConfig, PeftModel
@@ -58,9 +64,6 @@ from tqdm.auto import tqdm
 from train import TreeRPOScriptArguments, load_reward_funcs
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl import TrlParser
-
-from treerpo_trl.evaluation import Sampler, TransformersSampler, eos_token_ids_of, respond
 
 
 def find_base_model(args: EvaluationArguments) -> str | None:
@@ -237,8 +240,21 @@ def main(args: EvaluationArguments) -> None:
     print(text)
 
 
+def make_parser() -> ScriptParser:
+    """The parser of the command line and of the YAML file given with `--config`."""
+    return ScriptParser(
+        (EvaluationArguments,),
+        usage="evaluate.py --model_name_or_path MODEL [--dataset_name DATASET ...] [options]\n"
+        "       evaluate.py --config FILE.yaml [options]\n"
+        "       evaluate.py compare FIRST SECOND",
+        description="Evaluate a model on math benchmarks or on any dataset; or compare two such runs on the same "
+        "problems, by a paired test (`compare`, with two files or two folders of responses).",
+        needed={"a model of the Hub, a local folder, or adapters": ["model_name_or_path"]},
+    )
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compare"]:
         run_comparison(sys.argv[2:])
     else:
-        main(*TrlParser((EvaluationArguments,)).parse_args_and_config())
+        main(*make_parser().parse_args_and_config())

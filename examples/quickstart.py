@@ -17,12 +17,16 @@ import os
 import time
 from pathlib import Path
 
+# First, so that packages which are installed and not used say nothing.
+from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
+
+
+# isort: split
 from chain_arithmetic import BASE_MODEL_DIR, MAX_SOLUTION_TOKENS, correctness_reward, make_dataset
 from make_base_model import train_base_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.evaluation import EvaluationResult, evaluate
 from treerpo_trl.views.console import print_tree
 

@@ -49,6 +49,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+# First, so that packages which are installed and not used say nothing.
+from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
+
+
+# isort: split
+from command_line import ScriptParser, names_of
 from datasets import Dataset, IterableDataset
 from math_rewards import boxed_math_accuracy_reward, math_accuracy_reward
 from train_data import drop_long_prompts, load_split, set_columns
@@ -61,10 +67,8 @@ from trl.rewards import (
     think_format_reward,
 )
 
-from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.adapters import check_quantization
 from treerpo_trl.checkpoints import last_complete_checkpoint
-from treerpo_trl.checks.command_line import TreeRPOParser
 
 
 REWARD_FUNCS: dict[str, Callable] = {
@@ -277,9 +281,29 @@ def main(script_args: TreeRPOScriptArguments, training_args: TreeRPOConfig, mode
     trainer.accelerator.end_training()  # finishes the trackers and destroys the process group
 
 
-def make_parser() -> TreeRPOParser:
+def make_parser() -> ScriptParser:
     """The parser of the command line and of the YAML file given with `--config`."""
-    return TreeRPOParser((TreeRPOScriptArguments, TreeRPOConfig, ModelConfig))
+    return ScriptParser(
+        (TreeRPOScriptArguments, TreeRPOConfig, ModelConfig),
+        usage="train.py --model_name_or_path MODEL --dataset_name DATASET --reward_funcs REWARD ... [options]\n"
+        "       train.py --config FILE.yaml [options]",
+        description="Train a causal language model with TreeRPO: any model, any dataset, any reward functions. "
+        "Options of the command line override those of the YAML file.",
+        sections={
+            "the tree": names_of(TreeRPOConfig, own=True),
+            "data and rewards": names_of(TreeRPOScriptArguments),
+            "the model": names_of(ModelConfig),
+            "training (TRL's GRPOConfig)": names_of(TreeRPOConfig),
+        },
+        needed={
+            "a model of the Hub or a local folder": ["model_name_or_path"],
+            "a dataset of the Hub, a local folder or a local file": ["dataset_name"],
+            f"one or more of {', '.join(REWARD_FUNCS)} or a dotted import path": [
+                "reward_funcs",
+                "reward_model_name_or_path",
+            ],
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from datasets import Dataset
 from paper_data import find_data
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
-from trl import TrlParser
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -123,7 +122,7 @@ def command_line(options: dict) -> list[str]:
 def run(**options) -> dict:
     """What the command line does, without the seconds that a new process takes; the summary."""
     words = command_line({**RUN, **options})
-    evaluate.main(*TrlParser((evaluate.EvaluationArguments,)).parse_args_and_config(words))
+    evaluate.main(*evaluate.make_parser().parse_args_and_config(words))
     return json.loads((Path(options.get("output_dir", RUN["output_dir"])) / "summary.json").read_text())
 
 
@@ -159,6 +158,24 @@ def say(monkeypatch):
         monkeypatch.setattr(evaluate, "load_sampler", lambda *_: sampler)
 
     return set_texts
+
+
+@pytest.mark.parametrize("words", [(), ("--num_samples", "2")])
+def test_what_is_missing_is_told_with_the_usage(capsys, words):
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate.make_parser().parse_args_and_config(words)
+    assert exit_info.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: evaluate.py --model_name_or_path MODEL")
+    assert "--model_name_or_path: a model of the Hub" in said
+
+
+def test_help_tells_of_compare(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.make_parser().parse_args_and_config(["--help"])
+    text = capsys.readouterr().out
+    assert "evaluate.py compare FIRST SECOND" in text and "paired test" in text
+    assert "--temperature" in text
 
 
 @pytest.mark.slow

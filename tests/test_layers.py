@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "treerpo_trl"
 STANDARD = set(sys.stdlib_module_names)
 # Module -> what it may import besides the standard library. Everything named `treerpo_trl.*` stands above it.
 MAY_IMPORT = {
+    "reporting": set(),
     "tree": set(),
     "credit": {"treerpo_trl.tree"},
     "sampling": {"treerpo_trl.tree"},
@@ -23,14 +24,13 @@ MAY_IMPORT = {
     "numerics": {"torch"},
     "views": {"treerpo_trl.tree", "treerpo_trl.credit", "pyarrow", "rich"},
     "callbacks": {"treerpo_trl.views", "accelerate", "transformers"},
-    "reporting": set(),
     "statistics": {"numpy"},
     "evaluation": {"torch", "tqdm", "transformers", "trl"},
     "checks": {"treerpo_trl.credit", "torch", "transformers", "trl"},
     "compatibility": {"treerpo_trl.checks", "treerpo_trl.credit"},
     "treerpo_config": {"treerpo_trl.checks", "treerpo_trl.compatibility", "trl"},
     "validation": {"treerpo_trl.checks", "treerpo_trl.treerpo_config", "datasets", "transformers", "trl"},
-    "adapters": {"peft", "torch", "transformers"},
+    "adapters": {"treerpo_trl.reporting", "peft", "torch", "transformers"},
     "model_card": {"huggingface_hub"},
     "checkpoints": {"accelerate", "torch"},
     "locking": set(),

@@ -74,7 +74,7 @@ def test_nothing_is_written_unless_asked(model, make_args, dataset):
     assert not (Path(args.output_dir) / "trees").exists()
 
 
-def test_a_page_holds_as_many_trees_as_asked_and_the_table_all(model, make_args, dataset, capsys):
+def test_a_page_holds_as_many_trees_as_asked_and_further_ones_the_others(model, make_args, dataset, capsys):
     args = make_args(max_steps=1)
     trainer = make_trainer(model, args, dataset)
     trainer.add_callback(TreeLoggingCallback(trainer, steps=1, max_trees_per_page=1))
@@ -82,6 +82,7 @@ def test_a_page_holds_as_many_trees_as_asked_and_the_table_all(model, make_args,
     folder = Path(args.output_dir) / "trees"
     page = (folder / "step_000001.html").read_text()
     assert 'id="tree-0">' in page and 'id="tree-1">' not in page
+    assert 'id="tree-1">' in (folder / "step_000001-2.html").read_text()
     assert len({record["tree"] for record in read_trees(folder / "step_000001.parquet")}) == 2
     assert " tok" not in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,8 @@ RUN = {
     "bf16": False,
     "disable_tqdm": True,
 }
+# What a command line has to give.
+GIVEN = ["--model_name_or_path", "a/model", "--dataset_name", "rows.parquet", "--reward_funcs", "accuracy_reward"]
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +244,37 @@ def test_help_shows_the_tree_options(capsys):
         assert f"--{option}" in text
 
 
+def test_help_begins_with_the_tree(capsys):
+    """Then come data and rewards, then the model: TRL's 200 options hide none of them."""
+    with pytest.raises(SystemExit):
+        parse_args("--help")
+    text = capsys.readouterr().out
+    options = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
+    own = list(TreeRPOConfig.__annotations__)
+    assert options[: len(own)] == own and own[0] == "branching_factor"
+    assert len(options) == len(set(options)) > 200
+    assert options.index("reward_funcs") < options.index("model_name_or_path") < options.index("learning_rate")
+    assert {"help", "output_dir", "use_peft"} <= set(options)
+    assert len(text.split("\n\n")[0].splitlines()) == 2  # the usage
+
+
+@pytest.mark.parametrize("given", [(), ("--reward_funcs", "accuracy_reward"), ("--config", "half.yaml")])
+def test_what_is_missing_is_told_with_the_usage(tmp_path, monkeypatch, capsys, given):
+    """Before anything else, such as a GPU, is missed."""
+    monkeypatch.chdir(tmp_path)
+    Path("half.yaml").write_text(yaml.safe_dump({"model_name_or_path": "my/model", "max_steps": 1}))
+    with pytest.raises(SystemExit) as exit_info:
+        parse_args(*given)
+    assert exit_info.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: train.py --model_name_or_path MODEL --dataset_name DATASET --reward_funcs")
+    assert "--dataset_name: a dataset of the Hub, a local folder or a local file" in said
+    assert ("--model_name_or_path: a model" in said) == ("half.yaml" not in given)
+    assert ("--reward_funcs or --reward_model_name_or_path: one or more of" in said) == ("--reward_funcs" not in given)
+
+
 def test_remote_code_is_off_by_default():
-    _, training_args, _ = parse_args("--output_dir", "out", "--use_cpu")
+    _, training_args, _ = parse_args(*GIVEN, "--output_dir", "out", "--use_cpu")
     assert training_args.trust_remote_code is False
 
 
@@ -266,4 +298,4 @@ def test_bad_reward_is_named_before_anything_is_loaded(folder, name, messages):
 
 def test_no_reward_lists_the_choices():
     with pytest.raises(ValueError, match=r"No reward is given.*think_format_reward"):
-        train.main(*parse_args("--output_dir", "out", "--use_cpu"))
+        train.load_reward_funcs(train.TreeRPOScriptArguments())

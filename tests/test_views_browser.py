@@ -18,6 +18,25 @@ IN_SIGHT = """row => {
   const box = row.getBoundingClientRect(), tools = document.querySelector(".tools").getBoundingClientRect();
   return box.top >= tools.bottom && box.bottom <= innerHeight;
 }"""
+# The colour of a cell of the overview with a value, faded as that of a pruned node or not.
+SAMPLE = """([value, faded]) => {
+  const cell = document.createElement("div");
+  cell.className = `cell value ${value < 0.5 ? "low" : "high"}${faded ? " faded" : ""}`;
+  cell.style.setProperty("--much", Math.abs(2 * value - 1));
+  document.getElementById("icicle").append(cell);
+  const colour = getComputedStyle(cell).backgroundColor;
+  cell.remove();
+  return colour;
+}"""
+SAME_COLOUR = """([first, second]) => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const [one, other] = [first, second].map((colour) => {
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  });
+  return one.every((part, index) => Math.abs(part - other[index]) <= 2);
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +92,41 @@ def test_every_field_is_shown(page, pages):
     choose_prompt(page, 3)
     assert facts(page, "1.1")[:3] == ["V none", "1.1", "pruned"]
     assert "no reward" in facts(page, "1.1")
+
+
+def test_all_trees_of_a_step_are_reached_and_the_one_with_most_trained_nodes_is_shown(page, tmp_path):
+    """From files alone, over several pages."""
+    write_page(example_records(), tmp_path / "step_000010.html", title="my run", max_trees=2)
+    address = (tmp_path / "step_000010.html").as_uri()
+    page.goto(address)
+    assert page.locator("#tree-name").inner_text() == "Tree 0"
+    for tree, file in ((1, "step_000010-2"), (3, "step_000010-2"), (2, "step_000010"), (1, "step_000010-2")):
+        choose_prompt(page, tree)
+        assert page.url.split("#")[0].endswith(f"/{file}.html")
+        assert page.locator("#prompt-list [aria-current=true] b").inner_text() == f"Tree {tree}"
+        assert page.locator("#prompt-list a").count() == 4
+    page.goto(f"{address}#tree=1&node=2")  # an address may name a tree of another page
+    page.wait_for_url("**/step_000010-2.html#tree=1&node=2")
+    assert selected(page) == "2"
+    page.goto((tmp_path / "step_000010-2.html").as_uri())
+    assert page.locator("#tree-name").inner_text() == "Tree 3"  # of this page, the one with most
+
+
+def test_the_overview_names_its_rows_and_the_legend_has_its_colours(page, pages):
+    page.goto(pages["levels"])
+    assert page.locator("#icicle .depth").all_inner_texts() == ["Prompt", "Depth 1", "Depth 2", "Depth 3"]
+    left = page.locator("#icicle .cell").first.bounding_box()["x"]
+    for label in page.locator("#icicle .depth").all():
+        assert label.bounding_box()["x"] + label.bounding_box()["width"] <= left
+    ends = """ramp => getComputedStyle(ramp).backgroundImage.match(/(rgb|oklab|color)\\([^)]*\\)/g)"""
+    found = {}
+    for name in ("", ".faded"):
+        colours = page.locator(f".ramp{name or ':not(.faded)'}").evaluate(ends)
+        for value, colour in zip((0.0, 0.5, 1.0), colours, strict=True):
+            cell = page.evaluate(SAMPLE, [value, bool(name)])
+            found[name, value] = (cell, colour)
+    for cell, colour in found.values():
+        assert page.evaluate(SAME_COLOUR, [cell, colour]), found
 
 
 def test_folding_with_the_mouse(page, pages):
@@ -194,7 +248,7 @@ def test_filters(page, pages):
     page.goto(pages["example"])
     prompts = page.locator("#prompt-list a:visible b")
     page.get_by_role("searchbox", name="Search prompts").fill("what IS")
-    assert prompts.all_inner_texts() == ["Tree 0", "Tree 1", "Tree 2"]
+    assert prompts.all_inner_texts() == ["Tree 0", "Tree 2", "Tree 1"]
     assert page.locator("#prompt-count").inner_text() == "3 of 4"
     page.locator("#search").fill("is 2")
     assert prompts.all_inner_texts() == ["Tree 2"]

@@ -6,13 +6,17 @@ import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from view_trees import example_records
 
 from treerpo_trl.views import build_index, read_trees, write_page, write_trees
 from treerpo_trl.views.__main__ import main
-from treerpo_trl.views.files import step_path
+from treerpo_trl.views.charts import scale_of
+from treerpo_trl.views.files import all_pages, step_path
 from treerpo_trl.views.index import refresh
 from treerpo_trl.views.serve import make_server
 
@@ -64,9 +68,13 @@ def test_only_missing_and_outdated_pages_are_written(folder):
 
 def test_options_reach_the_pages(folder):
     assert main([str(folder), "--max-trees", "1"]) == 0
-    assert "(the first 1 below)" in step_path(folder, 5, ".html").read_text(encoding="utf-8")
+    assert "(1 to 1 on this page)" in step_path(folder, 5, ".html").read_text(encoding="utf-8")
+    assert len(list(folder.glob("step_*.html"))) == 8
+    for page in all_pages(step_path(folder, 5, ".html")):  # the further ones lead to the neighbours too
+        assert 'href="step_000010.html"' in page.read_text(encoding="utf-8")
     assert main([str(folder), "--rebuild"]) == 0
-    assert "(the first" not in step_path(folder, 5, ".html").read_text(encoding="utf-8")
+    assert "on this page" not in step_path(folder, 5, ".html").read_text(encoding="utf-8")
+    assert len(list(folder.glob("step_*.html"))) == 2
 
 
 def test_the_index_lists_every_step_and_links_those_with_pages(folder):
@@ -81,18 +89,51 @@ def test_the_index_lists_every_step_and_links_those_with_pages(folder):
     assert not re.search(r"https?:|<script src|<link rel=.stylesheet", html)
 
 
-def test_charts_go_from_the_least_to_the_greatest(folder):
+def test_charts_have_a_scale_on_which_steps_and_numbers_lie_where_they_belong(folder):
     records = example_records(20)
     for record in records:
         record["reward"] = None if record["reward"] is None else record["reward"] / 2
     write_trees(records, step_path(folder, 20))
     html = build_index(folder).read_text(encoding="utf-8")
     assert "Mean reward from step 5 to step 20: 0.267 to 0.533, now 0.267" in html
-    (line,) = re.findall(r'0\.267 to 0\.533</text>.*?points="(.*?)"', html)
+    reward, kept, _ = re.findall(r"<svg.*?</svg>", html)
+    assert re.findall(r'text-anchor="end">([\d.%]+)<', reward) == ["0", "0.5", "1"]
+    assert re.findall(r'text-anchor="end">([\d.%]+)<', kept) == ["0%", "50%", "100%"]
+    heights = dict(re.findall(r'y1="([\d.]+)".*?text-anchor="end">([\d.]+)<', reward))
+    bottom, middle = (float(height) for height, tick in heights.items() if tick in ("0", "0.5"))
+    (line,) = re.findall(r'points="(.*?)"', reward)
     points = [tuple(map(float, point.split(","))) for point in line.split()]
-    # Steps 5, 10 and 20 lie where they belong; the lower number lies lower.
     assert (points[1][0] - points[0][0]) * 3 == pytest.approx(points[2][0] - points[0][0], abs=0.2)
-    assert points[0][1] == points[1][1] < points[2][1]
+    for (_, height), number in zip(points, (0.5333, 0.5333, 0.2667), strict=True):
+        assert (bottom - height) / (bottom - middle) * 0.5 == pytest.approx(number, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_share", "ticks"),
+    [
+        (0.41, 0.43, True, [0, 0.5, 1]),  # noise of a reward does not fill the chart
+        (0, 0, True, [0, 0.5, 1]),
+        (-0.5, 0.7, True, [-0.5, 0, 0.5, 1]),  # nor is a reward cut off
+        (27.3, 27.4, False, [20, 25, 30, 35]),  # nor does noise of a length
+        (200, 900, False, [0, 500, 1000]),
+        (0, 0, False, [0, 0.2, 0.4, 0.6]),
+        (1.5e6, 1.5e6, False, [1e6, 1.5e6, 2e6]),
+    ],
+)
+def test_noise_does_not_look_like_a_trend(low, high, is_share, ticks):
+    assert scale_of(low, high, is_share) == pytest.approx(ticks)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.booleans())
+def test_a_scale_spans_its_numbers_and_half_of_what_they_are_around(low, width, is_share):
+    ticks = scale_of(low, low + width, is_share)
+    steps = [second - first for first, second in pairwise(ticks)]
+    assert 3 <= len(ticks) <= 6
+    rounding = 1e-6 * (abs(low) + width + 1)
+    assert ticks[0] - rounding <= low and low + width <= ticks[-1] + rounding
+    assert max(steps) == pytest.approx(min(steps))
+    middle = low + width / 2
+    assert ticks[-1] - ticks[0] >= 0.49 * abs(middle) or ticks[0] == 0
 
 
 def test_a_step_without_rewards_or_trees_has_its_row(tmp_path):

@@ -13,6 +13,7 @@ from view_trees import HOSTILE, Texts, example_records, make_tree
 from treerpo_trl.tree import ROOT
 from treerpo_trl.views import render_page, tree_records, write_page
 from treerpo_trl.views.document import read_asset, script_json
+from treerpo_trl.views.files import all_pages
 from treerpo_trl.views.html import SCRIPTS, link_page
 
 
@@ -49,10 +50,10 @@ def page_of(texts_of_nodes: list[str], title="run") -> str:
 def test_the_page_holds_every_node_of_every_tree():
     records = example_records()
     step, *trees = Page(render_page(records, title="run")).data()
-    assert [about["tree"] for about in step["trees"]] == [0, 1, 2, 3]
-    assert [about["kept"] for about in step["trees"]] == [2, 0, 1, 1]
+    assert [about["tree"] for about in step["trees"]] == [0, 2, 3, 1]  # most trained nodes first: 4, 2, 2 and 0
+    assert [about["kept"] for about in step["trees"]] == [2, 1, 1, 0]
     assert step["scale"] == {"low": 0, "high": 1}
-    for tree, columns in enumerate(trees):
+    for tree, columns in zip([0, 2, 3, 1], trees, strict=True):
         nodes = [record for record in records if record["tree"] == tree]
         for name, values in columns.items():
             expected = [node["num_tokens" if name == "tokens" else name] for node in nodes]
@@ -116,12 +117,38 @@ def test_the_header_says_how_the_step_went():
     assert "Trees 4 Nodes 22 Mean reward 0.533 Groups kept 36% Mean completion 2 tokens" in shown
 
 
-def test_more_trees_than_asked_for_are_counted_but_not_shown():
-    html = render_page(example_records(), title="run", max_trees=2)
-    step, *trees = Page(html).data()
-    assert len(step["trees"]) == len(trees) == 2
-    assert "4 (the first 2 below)" in html
-    assert "What is 2?" not in html
+def test_trees_that_do_not_fit_on_a_page_are_on_further_ones(tmp_path):
+    """Each page lists all trees and says on which page they are; together they hold each once."""
+    write_page(example_records(), tmp_path / "step_000010.html", title="run", max_trees=3)
+    names = ["step_000010.html", "step_000010-2.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    pages = [Page((tmp_path / name).read_text(encoding="utf-8")).data() for name in names]
+    for number, (step, *trees) in enumerate(pages):
+        assert step["pages"] == names and step["page"] == number
+        assert [(about["tree"], about["page"]) for about in step["trees"]] == [(0, 0), (2, 0), (3, 0), (1, 1)]
+        prompts = [about["prompt"] for about in step["trees"] if about["page"] == number]
+        assert [columns["text"][0] for columns in trees] == prompts
+    first, second = ((tmp_path / name).read_text(encoding="utf-8") for name in names)
+    assert "4 (1 to 3 on this page)" in first and "4 (4 to 4 on this page)" in second
+    assert 'id="tree-3"' in second and 'id="tree-3"' not in first
+    assert render_page(example_records(), title="run", max_trees=3) == first
+
+
+def test_pages_that_are_not_needed_any_more_are_removed(tmp_path):
+    path = tmp_path / "step_000010.html"
+    others = [tmp_path / name for name in ("step_000010-2.txt", "step_000010-b.html", "step_000100-2.html")]
+    for other in others:
+        other.write_text("mine")
+    write_page(example_records(), path, title="run", max_trees=1)
+    assert [page.name for page in all_pages(path)] == [
+        "step_000010.html",
+        *(f"step_000010-{n}.html" for n in (2, 3, 4)),
+    ]
+    write_page(example_records(), path, title="run", max_trees=2)
+    assert [page.name for page in all_pages(path)] == ["step_000010.html", "step_000010-2.html"]
+    write_page(example_records(), path, title="run")
+    assert all_pages(path) == [path]
+    assert all(other.read_text() == "mine" for other in others)
 
 
 def test_rewards_outside_the_unit_interval_stretch_the_scale():

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
 
+from .reporting.quiet import BITSANDBYTES
+
 
 NEEDS_CACHE = "its virtual tokens stand in the key-value cache, from which branches cannot continue"
 NEEDS_TASK_IDS = "it needs the number of a task with each row, which TRL does not hand over"
@@ -55,6 +57,7 @@ def check_quantization(
             f"load_in_{bits}bit is set, but weights of {bits} bits cannot be trained; train an adapter on them: pass "
             "peft_config=LoraConfig(...) (--use_peft), or load the model unquantized"
         )
+    BITSANDBYTES.show()
 
 
 def check_adapter(model: Any, peft_config: Any, beta: float) -> None:

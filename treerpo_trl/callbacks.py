@@ -20,9 +20,9 @@ FOLDER = "trees"
 class TreeLoggingCallback(TrainerCallback):
     """
     A [`~transformers.TrainerCallback`] that writes a trainer's trees to `<output_dir>/trees`: all of them as
-    `step_NNNNNN.parquet` (columns in [`~treerpo_trl.views.records.TREE_COLUMNS`]), the first ones as the page
-    `step_NNNNNN.html`, and `index.html` over the steps. It can print some as well. `TreeRPOConfig(log_trees=True)`
-    adds it; to set what the config does not:
+    `step_NNNNNN.parquet` (columns in [`~treerpo_trl.views.records.TREE_COLUMNS`]) and as pages, `step_NNNNNN.html` and
+    so on, those with most trained nodes first; and `index.html` over the steps. It can print some as well.
+    `TreeRPOConfig(log_trees=True)` adds it; to set what the config does not:
 
     ```python
     >>> trainer.add_callback(TreeLoggingCallback(trainer, steps=50, max_trees_per_page=4))
@@ -39,7 +39,8 @@ class TreeLoggingCallback(TrainerCallback):
         num_trees_to_print (`int`, *optional*, defaults to `0`):
             How many to print in the terminal: those with most nodes that are trained.
         max_trees_per_page (`int`, *optional*, defaults to `16`):
-            Most trees on a page. A tree of 584 nodes and 384-token steps takes about a megabyte.
+            Most trees on a page; the others are on further pages, `step_NNNNNN-2.html` and so on. A tree of 584 nodes
+            and 384-token steps takes about a megabyte.
     """
 
     def __init__(

@@ -75,7 +75,7 @@ def _make_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]
             raise ValueError(f"{type(module).__name__} makes a mask of its own")
         if tree_layout is None:
             return _own_attention(module, original)(module, query, key, value, attention_mask, **kwargs)
-        return tree_attention(module, query, key, value, tree_layout, **kwargs), None
+        return uncompiled_attention(module, query, key, value, tree_layout, **kwargs), None
 
     return attention
 
@@ -136,6 +136,10 @@ def tree_attention(
     if layout.outputs is not None:
         output_HSE = _take(output_HSE, layout.outputs)
     return output_HSE.transpose(0, 1).contiguous().unsqueeze(0)  # some layers take a view of it
+
+
+# Every layout has other lengths, for each of which torch.compile would compile each layer anew.
+uncompiled_attention: Callable[..., Tensor] = torch.compiler.disable(tree_attention)
 
 
 def _window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .files import step_files
+from .html import MOST_TREES
 from .index import refresh
 from .serve import make_server
 
@@ -58,7 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", type=Path, help="where the run wrote its trees, OUTPUT_DIR/trees (or OUTPUT_DIR)")
     parser.add_argument("--rebuild", action="store_true", help="write all pages, not only missing and outdated ones")
-    parser.add_argument("--max-trees", type=int, metavar="N", help="show the first N trees a step (default: all)")
+    parser.add_argument(
+        "--max-trees",
+        type=int,
+        default=MOST_TREES,
+        metavar="N",
+        help="trees of a page, most trained nodes first; the others are on further pages (default: %(default)s)",
+    )
     parser.add_argument("--serve", action="store_true", help="serve the pages too; new steps show when reloading")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to serve at; 0 finds a free one (default: 8000)")

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 
 INDEX = "index.html"
+FURTHER = re.compile(r"-\d+$")
 STEP_FILE = re.compile(r"step_(\d+)\.parquet")
 
 
@@ -23,6 +24,17 @@ def step_files(folder: str | Path) -> dict[int, Path]:
     """Step -> its parquet file, in the order of the steps."""
     found = {int(match[1]): path for path in Path(folder).iterdir() if (match := STEP_FILE.fullmatch(path.name))}
     return dict(sorted(found.items()))
+
+
+def further_page(page: Path, number: int) -> Path:
+    """The file of a page of trees: the first page itself, or the one so many after it."""
+    return page if number == 1 else page.with_name(f"{page.stem}-{number}{page.suffix}")
+
+
+def all_pages(page: Path) -> list[Path]:
+    """A step's first page and its further ones, as far as they are there, in order."""
+    further = [path for path in page.parent.glob(f"{page.stem}-*{page.suffix}") if FURTHER.search(path.stem)]
+    return [path for path in (page, *sorted(further, key=lambda path: int(path.stem.split("-")[-1]))) if path.exists()]
 
 
 @contextmanager

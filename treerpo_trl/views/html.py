@@ -1,18 +1,17 @@
-"""A step's trees as one self-contained page: each tree at a glance, its steps to fold and unfold, their texts."""
+"""A step's trees as self-contained pages: each tree at a glance, its steps to fold and unfold, their texts."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .document import render_document, script_json
-from .files import INDEX, replacing, step_path
+from .files import INDEX, all_pages, further_page, replacing, step_path
 from .summary import Record, Summary, by_tree, summarise
 from .text import visible
 
@@ -21,19 +20,29 @@ SCRIPTS = ("tree.js", "outline.js", "icicle.js", "page.js")
 # What the page shows of a node; token ids stay in the parquet file.
 SHOWN_COLUMNS = ("parent", "depth", "text", "ended", "truncated", "value", "group_mean", "advantage", "kept", "reward",
                  "answer", "rows")  # fmt: skip
+MOST_TREES = 16  # of a page: a tree of 584 nodes and 384-token steps takes about a megabyte
 LINKS = re.compile(r"<!--links-->.*?<!--/links-->", re.DOTALL)
 
 
 def render_page(records: Sequence[Record], *, title: str, max_trees: int | None = None) -> str:
-    """The page of one step.
+    """The first page of one step; see [`render_pages`].
+
+    Returns:
+        An HTML document that needs no other file.
+    """
+    return next(render_pages(records, title=title, max_trees=max_trees))
+
+
+def render_pages(
+    records: Sequence[Record], *, title: str, max_trees: int | None = None, first_page: Path | None = None
+) -> Iterator[str]:
+    """The pages of one step: all its trees, those with most trained nodes first. Each page lists and links them all.
 
     Args:
         records: Of [`~treerpo_trl.views.tree_records`], of one step and of all processes; may be empty.
         title: What the trees are of, such as the run's name.
-        max_trees: Most trees to show, the first ones; all by default. The page's numbers are of all trees in any case.
-
-    Returns:
-        An HTML document that needs no other file.
+        max_trees: Most trees of a page; by default there is one page. The numbers on it are of all trees in any case.
+        first_page: Where the first page will be; by default that of the step in any folder.
 
     Raises:
         ValueError: The records are of several steps, or not of whole trees.
@@ -41,41 +50,61 @@ def render_page(records: Sequence[Record], *, title: str, max_trees: int | None 
     steps = sorted({record["step"] for record in records})
     if len(steps) > 1:
         raise ValueError(f"a page shows one step, got records of steps {steps}; write one page for each")
-    trees = by_tree(records)
-    shown = dict(islice(trees.items(), max_trees))
-    blocks = [
-        f'<script type="application/json" id="tree-{place}">{script_json(_columns(nodes))}</script>'
-        for place, nodes in enumerate(shown.values())
-    ]
-    summary = summarise(trees.values())
-    return render_document(
-        "page.html",
-        styles=("base.css", "page.css"),
-        scripts=SCRIPTS,
-        slots={
-            "name": f"Step {steps[0]:,}" if steps else "No trees",
-            "title": escape(visible(title)),
-            "numbers": _numbers(summary, len(shown)),
-            "step": script_json(
-                {
-                    "scale": _scale(records),
-                    "processes": len({record["process"] for record in records}),
-                    "trees": [_about(tree, nodes) for tree, nodes in shown.items()],
-                }
-            ),
-            # The script stands after the first tree, and draws it while a browser still reads the others.
-            "first_tree": "\n".join(blocks[:1]),
-            "other_trees": "\n".join(blocks[1:]),
-        },
-    )
+    trees = sorted(by_tree(records).items(), key=lambda tree: -sum(node["kept"] for node in tree[1]))
+    size = max(max_trees or len(trees), 1)
+    num_pages = max(-(-len(trees) // size), 1)
+    first_page = first_page or step_path("", steps[0] if steps else 0, ".html")
+    step = {
+        "scale": _scale(records),
+        "processes": len({record["process"] for record in records}),
+        "pages": [further_page(first_page, number).name for number in range(1, num_pages + 1)],
+        "trees": [{"page": place // size, **_about(tree, nodes)} for place, (tree, nodes) in enumerate(trees)],
+    }
+    summary = summarise(nodes for _, nodes in trees)
+    name = f"Step {steps[0]:,}" if steps else "No trees"
+    for page in range(num_pages):
+        shown = range(page * size, min((page + 1) * size, len(trees)))
+        blocks = [
+            f'<script type="application/json" id="tree-{place}">{script_json(_columns(trees[place][1]))}</script>'
+            for place in shown
+        ]
+        yield render_document(
+            "page.html",
+            styles=("base.css", "page.css"),
+            scripts=SCRIPTS,
+            slots={
+                "name": name,
+                "title": escape(visible(title)),
+                "numbers": _numbers(summary, shown),
+                "step": script_json({**step, "page": page}),
+                # The script stands after the first tree, and draws it while a browser still reads the others.
+                "first_tree": "\n".join(blocks[:1]),
+                "other_trees": "\n".join(blocks[1:]),
+            },
+        )
 
 
-def write_page(records: Sequence[Record], path: str | Path, *, title: str, max_trees: int | None = None) -> None:
-    """Write a step's page to a file, in one go; see [`render_page`].
+def write_page(records: Sequence[Record], path: str | Path, *, title: str, max_trees: int | None = MOST_TREES) -> None:
+    """Write a step's page to a file and, where there are more trees than fit, further pages beside it.
 
-    [`~treerpo_trl.views.build_index`] adds links to its neighbours.
+    A file is written in one go, the first page last. [`~treerpo_trl.views.build_index`] adds links to the neighbours.
+
+    Args:
+        records, title, max_trees: See [`render_pages`].
+        path: The first page. The others are called so with "-2", "-3" and so on at the end.
     """
-    page = render_page(records, title=title, max_trees=max_trees)
+    path = Path(path)
+    pages = render_pages(records, title=title, max_trees=max_trees, first_page=path)
+    first, number = next(pages), 1
+    for number, page in enumerate(pages, start=2):
+        _write(page, further_page(path, number))
+    for old in all_pages(path):
+        if old != path and int(old.stem.split("-")[-1]) > number:
+            old.unlink()
+    _write(first, path)
+
+
+def _write(page: str, path: Path) -> None:
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -107,9 +136,10 @@ def link_page(path: Path, previous: int | None, following: int | None) -> None:
         os.utime(temporary, ns=(written.st_atime_ns, written.st_mtime_ns))
 
 
-def _numbers(summary: Summary, num_shown: int) -> str:
+def _numbers(summary: Summary, shown: range) -> str:
+    here = f" ({shown.start + 1:,} to {shown.stop:,} on this page)" if len(shown) < summary.trees else ""
     numbers = {
-        "Trees": f"{summary.trees:,}" + (f" (the first {num_shown:,} below)" if num_shown < summary.trees else ""),
+        "Trees": f"{summary.trees:,}{here}",
         "Nodes": f"{summary.nodes:,}",
         "Mean reward": format_number(summary.mean_reward, ".3f"),
         "Groups kept": format_number(summary.kept_share, ".0%"),

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
+from .charts import draw_charts
 from .document import render_document
-from .files import INDEX, replacing, step_files, step_path
-from .html import format_number, link_page, write_page
+from .files import INDEX, all_pages, replacing, step_files, step_path
+from .html import MOST_TREES, format_number, link_page, write_page
 from .records import read_summary, read_trees
 from .summary import Summary
 from .text import visible
 
 
 logger = logging.getLogger(__name__)
-CHARTS: dict[str, tuple[Callable[[Summary], float | None], str]] = {
-    "Mean reward": (lambda summary: summary.mean_reward, ".3f"),
-    "Groups kept": (lambda summary: summary.kept_share, ".0%"),
-    "Mean completion, tokens": (lambda summary: summary.mean_tokens, ",.0f"),
-}
-CHART_WIDTH, CHART_HEIGHT, MARGIN = 300, 90, 6
-MOST_POINTS = 60  # of a chart that marks each step
 
 
 def build_index(folder: str | Path) -> Path:
@@ -41,13 +35,13 @@ def build_index(folder: str | Path) -> Path:
     return _write_index(Path(folder), _read_summaries(Path(folder)))
 
 
-def refresh(folder: str | Path, rebuild: bool = False, max_trees: int | None = None) -> tuple[Path, list[int]]:
+def refresh(folder: str | Path, rebuild: bool = False, max_trees: int = MOST_TREES) -> tuple[Path, list[int]]:
     """Write every page that is missing or older than its trees, and the index.
 
     Args:
         folder: See [`build_index`].
         rebuild: Whether to write all pages.
-        max_trees: Most trees of a page; see [`~treerpo_trl.views.render_page`].
+        max_trees: Most trees of a page; see [`~treerpo_trl.views.html.write_page`].
 
     Returns:
         The index, and the steps whose pages were written.
@@ -97,7 +91,8 @@ def _read_summaries(folder: Path) -> dict[int, Summary]:
 def _write_index(folder: Path, summaries: Mapping[int, Summary]) -> Path:
     pages = [step for step in summaries if step_path(folder, step, ".html").exists()]
     for previous, step, following in zip([None, *pages], pages, [*pages[1:], None], strict=False):
-        link_page(step_path(folder, step, ".html"), previous, following)
+        for page in all_pages(step_path(folder, step, ".html")):
+            link_page(page, previous, following)
     rows = [_row(step, summary, step in set(pages)) for step, summary in reversed(list(summaries.items()))]
     document = render_document(
         "index.html",
@@ -106,7 +101,7 @@ def _write_index(folder: Path, summaries: Mapping[int, Summary]) -> Path:
         slots={
             "name": "Trees",
             "title": escape(visible(run_name(folder))),
-            "charts": "".join(_chart(name, summaries, *chart) for name, chart in CHARTS.items()),
+            "charts": draw_charts(summaries),
             "rows": "\n".join(rows),
         },
     )
@@ -125,38 +120,3 @@ def _row(step: int, summary: Summary, has_page: bool) -> str:
         format_number(summary.mean_tokens, ",.0f", " tokens"),
     ]
     return f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def _chart(
-    name: str, summaries: Mapping[int, Summary], number_of: Callable[[Summary], float | None], spec: str
-) -> str:
-    """A small line chart over the steps, from the least to the greatest number."""
-    numbers = {step: number for step, summary in summaries.items() if (number := number_of(summary)) is not None}
-    newest = format_number(list(numbers.values())[-1] if numbers else None, spec)
-    caption = f"<figcaption><span>{name}</span><b>{newest}</b></figcaption>"
-    if not numbers:
-        return f"<figure>{caption}</figure>"
-    steps, low, high = list(numbers), min(numbers.values()), max(numbers.values())
-
-    def place(step: int) -> tuple[float, float]:
-        across = (step - steps[0]) / (steps[-1] - steps[0]) if len(steps) > 1 else 0.5
-        up = (numbers[step] - low) / (high - low) if high > low else 0.5
-        return MARGIN + across * (CHART_WIDTH - 2 * MARGIN), CHART_HEIGHT - MARGIN - up * (CHART_HEIGHT - 2 * MARGIN)
-
-    points = {step: place(step) for step in steps}
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points.values())
-    marks = "".join(
-        f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="3">'
-        f"<title>step {step:,}: {numbers[step]:{spec}}</title></circle>"
-        for step, (x, y) in points.items()
-        if len(steps) <= MOST_POINTS
-    )
-    label = f"{name} from step {steps[0]:,} to step {steps[-1]:,}: {low:{spec}} to {high:{spec}}, now {newest}"
-    return (
-        f'<figure>{caption}<svg viewBox="0 -14 {CHART_WIDTH} {CHART_HEIGHT + 30}" role="img" aria-label="{label}">'
-        f'<line class="axis" x1="0" x2="{CHART_WIDTH}" y1="{CHART_HEIGHT}" y2="{CHART_HEIGHT}"/>'
-        f'<text x="0" y="-4">{low:{spec}} to {high:{spec}}</text>'
-        f'<text x="0" y="{CHART_HEIGHT + 14}">step {steps[0]:,}</text>'
-        f'<text x="{CHART_WIDTH}" y="{CHART_HEIGHT + 14}" text-anchor="end">step {steps[-1]:,}</text>'
-        f'<polyline class="line" points="{line}"/>{marks}</svg></figure>'
-    )

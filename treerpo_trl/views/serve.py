@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .files import INDEX
+from .html import MOST_TREES
 from .index import refresh
 
 
 logger = logging.getLogger(__name__)
 
 
-def make_server(folder: str | Path, host: str, port: int, max_trees: int | None = None) -> ThreadingHTTPServer:
+def make_server(folder: str | Path, host: str, port: int, max_trees: int = MOST_TREES) -> ThreadingHTTPServer:
     """A server of the folder; `serve_forever` runs it.
 
     Args:
@@ -32,7 +33,7 @@ def make_server(folder: str | Path, host: str, port: int, max_trees: int | None 
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    def __init__(self, *args: Any, max_trees: int | None, **kwargs: Any):
+    def __init__(self, *args: Any, max_trees: int, **kwargs: Any):
         self.max_trees = max_trees
         super().__init__(*args, **kwargs)
 

@@ -1,7 +1,7 @@
 // The tree at a glance: a row a depth, each node as wide as its share of the rows, in the colour of its value.
 
 const ROW_HEIGHT = 24; // pixels
-const MARGIN = 22; // pixels, for the depths
+const MARGIN = 54; // pixels, for the depths
 const LABEL_WIDTH = 34; // pixels a number needs
 const THIN = 4; // pixels below which a cell has no room for a border
 
@@ -86,9 +86,8 @@ class Icicle {
   }
 
   depthLabel(depth) {
-    const label = element("span", { className: "depth", textContent: depth === 0 ? "q" : depth });
+    const label = element("span", { className: "depth", textContent: depth === 0 ? "Prompt" : `Depth ${depth}` });
     Object.assign(label.style, { top: `${depth * ROW_HEIGHT}px`, lineHeight: `${ROW_HEIGHT - 1}px` });
-    label.title = depth === 0 ? "the prompt" : `depth ${depth}`;
     return label;
   }
 }

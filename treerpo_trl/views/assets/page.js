@@ -58,12 +58,20 @@ function showTree(newPlace, id = 0) {
     outline.show(tree, firstDepth(tree));
     byId("outline").parentElement.scrollTop = 0;
     for (const link of byId("prompt-list").querySelectorAll("a")) {
-      if (Number(link.dataset.place) === place) link.setAttribute("aria-current", "true");
+      if (Number(link.dataset.place) === place) markPrompt(link);
       else link.removeAttribute("aria-current");
     }
   }
   const node = trees.get(place).nodes[id];
   if (node && node !== outline.selected) outline.select(node, { focus: false });
+}
+
+function markPrompt(link) {
+  link.setAttribute("aria-current", "true");
+  const list = byId("prompts");
+  const [item, seen] = [link.getBoundingClientRect(), list.getBoundingClientRect()];
+  if (item.bottom > seen.bottom) list.scrollTop += item.bottom - seen.bottom;
+  else if (item.top < seen.top) list.scrollTop += item.top - seen.top;
 }
 
 // The deepest depth at which the outline is still short.
@@ -128,7 +136,8 @@ function pathItem(node, isLast) {
 }
 
 function promptItem(about, index) {
-  const link = element("a", { href: `#tree=${about.tree}` },
+  const file = about.page === step.page ? "" : step.pages[about.page];
+  const link = element("a", { href: `${file}#tree=${about.tree}` },
     element("span", { className: "about" },
       element("b", { textContent: `Tree ${about.tree}` }),
       element("span", { textContent: `${about.kept}/${about.groups} kept` }),
@@ -164,8 +173,11 @@ function remember(node) {
 function followAddress() {
   const wanted = new URLSearchParams(location.hash.slice(1));
   const found = step.trees.findIndex((about) => String(about.tree) === wanted.get("tree"));
-  if (found > 0 && !byId(`tree-${found}`)) document.addEventListener("DOMContentLoaded", followAddress, { once: true });
-  else showTree(Math.max(found, 0), found < 0 ? 0 : Number(wanted.get("node") ?? 0));
+  const first = step.trees.findIndex((about) => about.page === step.page);
+  if (found < 0) showTree(first);
+  else if (step.trees[found].page !== step.page) location.replace(step.pages[step.trees[found].page] + location.hash);
+  else if (found > first && !byId(`tree-${found}`)) document.addEventListener("DOMContentLoaded", followAddress, { once: true });
+  else showTree(found, Number(wanted.get("node") ?? 0));
 }
 
 function start() {
