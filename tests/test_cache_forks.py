@@ -181,20 +181,25 @@ def test_without_the_trial_these_models_would_be_sampled_wrongly(model_path):
         sample(minimax, fork_caches=True)
 
 
+def sharpen(model):
+    """So that rounding to bfloat16 makes more of a difference than single precision ever does."""
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prompts", [[[5]], [[EOS], [PAD]], [[7] * 40, [8]]])
 def test_what_can_be_forked_is_whatever_the_prompts_and_the_precision(model, dtype, prompts):
-    _, said = sample(model.to(dtype), prompts)
+    _, said = sample(sharpen(model).to(dtype), prompts)
     assert not said
 
 
 def test_autocast_is_not_taken_for_a_fault(model):
     """The parameters have full precision; what is computed with them has not."""
-    forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    forward = torch.autocast("cpu", dtype=torch.bfloat16)(sharpen(model).forward)
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     assert not sample(model)[1]
-    trial_of = make_backend(model)
-    assert trial.find_fault(trial_of, PROMPTS) is None
 
 
 def test_nothing_but_numbers_that_are_not_finite_is_no_fault_of_the_cache(model):
