@@ -79,7 +79,7 @@ def test_thresholds(value):
         ({"prune_threshold": "none"}, TypeError, "prune_threshold is 'none', a str; use a number"),
         ({"prune_threshold": True}, TypeError, "prune_threshold is True, a bool; use a number"),
         ({"prune_threshold": math.nan}, ValueError, "prune_threshold is nan; use a number"),
-        ({"prune_threshold": math.inf}, ValueError, "prune_threshold is inf.* nothing would be trained; use 0.1"),
+        ({"prune_threshold": math.inf}, ValueError, "prune_threshold is inf, .*nothing would be trained"),
         ({"log_trees": "false"}, TypeError, "log_trees is 'false', a str; use log_trees=True or log_trees=False"),
         ({"log_trees": 1}, TypeError, "log_trees is 1, a int; use"),
         ({"temperature": 0}, ValueError, "temperature is 0, but siblings have to differ.* use temperature=1.0"),

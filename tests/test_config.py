@@ -99,21 +99,23 @@ def test_bnpo_takes_whole_trees_only():
             make(**options, per_device_train_batch_size=size)
 
 
-@pytest.mark.parametrize("threshold", [1, 1.0, 2.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("threshold", [1, 1.0, 2.0, float("inf")])
 def test_a_threshold_that_no_group_exceeds_is_refused(threshold):
-    with pytest.raises(ValueError, match=rf"prune_threshold is {threshold}, .*nothing would be trained.* 0.1; None"):
+    message = rf"prune_threshold is {threshold:g}, .*nothing would be trained.* 0.1; None"
+    with pytest.raises(ValueError, match=message):
         make(prune_threshold=threshold)
 
 
-@pytest.mark.parametrize("threshold", [float("inf"), float("nan")])
-def test_no_estimator_takes_a_threshold_that_nothing_exceeds(threshold):
+def test_no_estimator_takes_a_threshold_that_nothing_exceeds():
     with pytest.raises(ValueError, match="never exceeds, so nothing would be trained"):
-        make(prune_threshold=threshold, advantage_estimator="group_std")
+        make(prune_threshold=float("inf"), advantage_estimator="group_std")
 
 
 def test_a_threshold_that_is_no_number_is_refused():
-    with pytest.raises(TypeError, match=r"prune_threshold is '0\.1'; give a number, or None"):
+    with pytest.raises(TypeError, match=r"prune_threshold is '0\.1', a str; use prune_threshold=0\.1"):
         make(prune_threshold="0.1")
+    with pytest.raises(ValueError, match="prune_threshold is nan"):
+        make(prune_threshold=float("nan"))
 
 
 @pytest.mark.parametrize("estimator", ["treerpo", "bernoulli_std", "group_std", "centered"])

@@ -198,7 +198,7 @@ def test_misspelt_options_are_told():
 
 
 def test_greedy_siblings_are_refused():
-    with pytest.raises(ValueError, match=r"temperature is 0\.0, so all siblings would be the same"):
+    with pytest.raises(ValueError, match="temperature is 0, but siblings have to differ"):
         make(use_vllm=True, temperature=0.0)
     with pytest.raises(ValueError, match="temperature is 0, so all siblings would be the same"):
         make(use_vllm=True, generation_kwargs={"temperature": 0})

@@ -171,8 +171,8 @@ def scored(rewards: list[float | None]) -> ScoredTree:
 def test_processes_see_what_one_would(rewards):
     """A batch is starved if no process has a group to train, and all are told the same range."""
     trees = [scored(given) for given in rewards]
-    parts = [tree_metrics(part, (3,), [], {}) for part in (trees[:1], trees[1:])]
-    pooled, whole = pool(parts), pool([tree_metrics(trees, (3,), [], {})])
+    parts = [tree_metrics(part, (3,), [], {}, 0) for part in (trees[:1], trees[1:])]
+    pooled, whole = pool(parts), pool([tree_metrics(trees, (3,), [], {}, 0)])
     watches = [make_watch(is_main_process) for is_main_process in (True, False)]
     for watch, metrics in zip(watches, (pooled, whole), strict=True):
         watch.check(metrics, 1.0)

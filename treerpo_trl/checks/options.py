@@ -51,7 +51,8 @@ def check_options(config: Any) -> None:
             setattr(config, name, whole_number(name, value))
     for name in FLAGS:
         setattr(config, name, _flag(name, getattr(config, name)))
-    _check_prune_threshold(config)
+    if config.prune_threshold is not None:
+        config.prune_threshold = real_number("prune_threshold", config.prune_threshold)
     _check_sampling(config)
 
 
@@ -97,14 +98,6 @@ def refusal(name: str, value: Any, allowed: Sequence[Any], reason: str) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         return f"{name}={value!r} is not one of the choices{hint} {choices}"
     return f"{name}={value!r} does not work with trees: {reason}. {choices}"
-
-
-def _check_prune_threshold(config: Any) -> None:
-    if config.prune_threshold is None:
-        return
-    config.prune_threshold = real_number("prune_threshold", config.prune_threshold)
-    if config.prune_threshold == math.inf:
-        raise ValueError("prune_threshold is inf, above which no group varies, so nothing would be trained; use 0.1")
 
 
 def _check_sampling(config: Any) -> None:
