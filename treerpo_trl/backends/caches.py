@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 ROW_STATE = ("rope_deltas",)  # multimodal models: by how much positions are ahead of the text's
 
 
-# A layer that holds nothing, because it reads the keys and values of another one or has no attention..
+# A layer that holds nothing, because it reads the keys and values of another one or has no attention.
 NO_LAYER = getattr(cache_utils, "DummyLayer", None)
 
 
