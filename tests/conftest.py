@@ -214,18 +214,18 @@ class RandomBackend:
 
 
 @st.composite
-def shapes(draw, max_depth: int = 3, max_branching: int = 3) -> TreeShape:
-    branching = draw(st.lists(st.integers(2, max_branching), min_size=1, max_size=max_depth))
+def shapes(draw, max_depth: int = 3, max_branching: int = 3, min_branching: int = 2) -> TreeShape:
+    branching = draw(st.lists(st.integers(min_branching, max_branching), min_size=1, max_size=max_depth))
     segment_length = draw(st.integers(1, 4))
     shorter = draw(st.integers(0, segment_length - 1))
     return TreeShape(tuple(branching), segment_length, len(branching) * segment_length - shorter)
 
 
 @st.composite
-def forests(draw) -> tuple[TreeShape, list[Tree]]:
-    """A shape and one to three random trees grown to it."""
-    shape = draw(shapes())
-    prompts = draw(st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=3), min_size=1, max_size=3))
+def forests(draw, min_branching: int = 2, most: int = 3) -> tuple[TreeShape, list[Tree]]:
+    """A shape and one to three (`most`) random trees grown to it."""
+    shape = draw(shapes(min_branching=min_branching))
+    prompts = draw(st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=3), min_size=1, max_size=most))
     backend = RandomBackend(draw(st.integers(0, 10_000)), draw(st.sampled_from([0.0, 0.2, 0.6, 1.0])))
     return shape, grow(prompts, shape, backend)
 

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ class RecordingTrainer(TreeRPOTrainer):
                     "scored": sum(reward is not None for s in self.last_trees for reward in s.rewards.values()),
                     "owned": (output["tool_mask"] * output["completion_mask"]).sum().item(),
                     "old_logps": "old_per_token_logps" in output,
+                    "advantages": [scored.advantages for scored in self.last_trees],
                 }
             )
         return output
@@ -112,7 +114,12 @@ class GivenTrees(RecordingTrainer):
         for prompt in prompts:
             backend = RandomBackend(seed=hash(tuple(prompt)), end_probability=0.3 * (len(prompt) % 3))
             trees += grow([prompt], self.tree_shape, backend)
-        return trees
+        return [
+            Tree(
+                tuple(replace(node, score_norm=sum(node.token_ids) / (1 + place)) for place, node in enumerate(nodes))
+            )
+            for nodes in (tree.nodes for tree in trees)
+        ]
 
 
 def whole_parameters(trainer: TreeRPOTrainer) -> dict[str, Tensor]:
@@ -168,9 +175,9 @@ def train_uneven(model_path: str, output_dir: str, lora: bool = False, **overrid
     leave(trainer, output_dir, evaluations=evaluations)
 
 
-def train_given(model_path: str, output_dir: str, processes: int = 2, **overrides: Any) -> None:
+def train_given(model_path: str, output_dir: str, processes: int = 2, trees: int = 4, **overrides: Any) -> None:
     """Train on given trees, the same global batches on one process as on two; micro-batches are trees in both."""
-    steps = {"steps_per_generation": 4 // processes, "gradient_accumulation_steps": 4 // processes}
+    steps = {"steps_per_generation": trees // processes, "gradient_accumulation_steps": trees // processes}
     args = make_args(output_dir, num_iterations=2, max_steps=4, **{**steps, **overrides})
     trainer = GivenTrees(
         model_path, spread_reward, args, train_dataset=make_dataset(), processing_class=make_tokenizer()

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cache
 from itertools import product
@@ -60,6 +60,7 @@ class Case:
         micro_batches: Of the generation batch; `accumulated` of them make an update.
         options: Of the configuration.
         pad_is_eos: Whether the tokenizer pads with its end-of-sequence token.
+        has_score_norms: Whether nodes have them, as a backend that measures them gives them.
     """
 
     shape: TreeShape
@@ -74,6 +75,7 @@ class Case:
     accumulated: int
     options: dict[str, Any]
     pad_is_eos: bool
+    has_score_norms: bool = False
 
 
 # What a reward function may give, by the random number of a completion.
@@ -93,21 +95,23 @@ ANY_ESTIMATOR = sorted(set(ESTIMATORS) - UNIT_INTERVAL_ESTIMATORS)
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Cases of every kind that a configuration allows."""
+    pattern = draw(st.sampled_from(sorted(PATTERNS)))
+    estimator = draw(st.sampled_from(ANY_ESTIMATOR if pattern == "any number" else sorted(ESTIMATORS)))
+    fewest = 2 if ESTIMATORS[estimator].needs_siblings else 1
     branching = draw(
-        st.lists(st.integers(2, 4), min_size=1, max_size=4).filter(lambda numbers: num_leaves(numbers) <= 16)
+        st.lists(st.integers(fewest, 4), min_size=1, max_size=4).filter(lambda numbers: num_leaves(numbers) <= 16)
     )
     length = draw(st.integers(1, 5))
     shape = TreeShape(tuple(branching), length, len(branching) * length - draw(st.integers(0, length - 1)))
-    num_trees = draw(st.integers(1, min(4, MOST_ROWS // shape.num_leaves)))
+    num_trees = draw(st.integers(1 if shape.num_leaves > 1 else 2, min(4, MOST_ROWS // shape.num_leaves)))
     rows = num_trees * shape.num_leaves
     micro_batches = draw(st.sampled_from([count for count in range(1, 9) if rows % count == 0]))
     accumulated = draw(st.sampled_from([count for count in range(1, 9) if micro_batches % count == 0]))
-    pattern = draw(st.sampled_from(sorted(PATTERNS)))
     whole_trees = ["bnpo"] if num_trees % micro_batches == 0 else []  # bnpo is refused where trees are split
     loss_type = draw(st.sampled_from(["dapo", "dapo", *whole_trees, "dr_grpo", "cispo"]))
     options = {
         "loss_type": loss_type,
-        "advantage_estimator": draw(st.sampled_from(ANY_ESTIMATOR if pattern == "any number" else sorted(ESTIMATORS))),
+        "advantage_estimator": estimator,
         "loss_weighting": draw(st.sampled_from(["token", "node"])),
         "beta": draw(st.sampled_from([0.0, 0.1])),
         "use_bias_correction_kl": draw(st.booleans()),
@@ -133,6 +137,7 @@ def cases(draw: st.DrawFn) -> Case:
         accumulated=accumulated,
         options=options,
         pad_is_eos=draw(st.booleans()),
+        has_score_norms=draw(st.booleans()),
     )
 
 
@@ -200,6 +205,9 @@ def check(case: Case) -> Outcome:
     torch.manual_seed(case.seed % 2**31)
     prompts = [[draw.randint(2, 9) for _ in range(draw.randint(1, 4))] for _ in range(case.num_trees)]
     trees = grow(prompts, case.shape, RandomSegments(draw, case.end_probability))
+    if case.has_score_norms:
+        with torch.no_grad():
+            trees = [with_score_norms(load(), tree, case.options["temperature"]) for tree in trees]
     parts: dict[tuple[int, tuple[int, ...]], list[Fraction | None]] = {}
     for index, tree in enumerate(trees):
         for leaf in tree.leaves:
@@ -215,6 +223,20 @@ def check(case: Case) -> Outcome:
         for _ in range(case.shape.num_leaves)
     ]
     return train(case, trainer, rows, reference_of(case, trees, parts))
+
+
+def with_score_norms(model: Qwen2ForCausalLM, tree: Tree, temperature: float) -> Tree:
+    """The tree, each node with 1 - 2 p + sum p^2 of its tokens by the model's own probabilities."""
+    norms: dict[int, float] = {}
+    for leaf in tree.leaves:
+        ids = torch.tensor([[*tree.prompt_ids, *tree.completion_ids(leaf)]])
+        probs = (model(input_ids=ids).logits[0, :-1].double() / temperature).softmax(-1)
+        drawn = probs.gather(1, ids[0, 1:, None]).squeeze(1)
+        each, start = 1 - 2 * drawn + probs.square().sum(-1), len(tree.prompt_ids) - 1
+        for node in tree.path(leaf):
+            end = start + len(tree.nodes[node].token_ids)
+            norms[node], start = each[start:end].sum().item(), end
+    return Tree(tuple(replace(node, score_norm=norms.get(index)) for index, node in enumerate(tree.nodes)))
 
 
 def make_trainer(case: Case, tokenizer: Any, prompts: list[str], parts: Any) -> GivenTrees:
@@ -267,12 +289,14 @@ class Trained:
 def reference_of(case: Case, trees: list[Tree], parts: Any) -> list[Trained]:
     """Every node that is trained, in the row that trains it: the first one that may carry loss."""
     trained = []
-    for index, tree in enumerate(trees):
-        rewards = {
-            leaf: reward_of(parts[index, tuple(tree.completion_ids(leaf))], case.weights) for leaf in tree.leaves
-        }
-        tau = None if case.tau is not None and case.tau < 0 else case.tau
-        advantages = advantages_of(tree, rewards, case.options["advantage_estimator"], tau)
+    rewards = [
+        {leaf: reward_of(parts[index, tuple(tree.completion_ids(leaf))], case.weights) for leaf in tree.leaves}
+        for index, tree in enumerate(trees)
+    ]
+    tau = None if case.tau is not None and case.tau < 0 else case.tau
+    estimator = case.options["advantage_estimator"]
+    of_trees = advantages_of(trees, rewards, estimator, tau, case.shape.branching)
+    for index, (tree, advantages) in enumerate(zip(trees, of_trees, strict=True)):
         first_row: dict[int, int] = {}
         places = product(*(range(number) for number in case.shape.branching))
         for row, places_of_children in enumerate(places, start=index * case.shape.num_leaves):

@@ -1,6 +1,6 @@
 """Mutation check: changes the code in small ways, one at a time, and counts the changes that the fast tests notice.
 
-`python tests/mutate.py [--modules credit rows ...] [--jobs 2] [--json FILE]` prints a table and every change that no
+`python tests/mutate.py [--modules baseline rows ...] [--jobs 2] [--json FILE]` prints a table and every change that no
 test noticed. What a change costs is a fork of this process, which has imported the heavy libraries but none of ours,
 and the tests of the changed module up to the first that fails. Tests that train are left out.
 """
@@ -33,7 +33,12 @@ PACKAGE = ROOT / "treerpo_trl"
 # Which tests concern a module.
 PACKED = ["test_prefix_packing.py", "test_prefix_sharing.py"]
 TESTS_OF = {
-    "credit": ["test_credit.py", "test_rows.py"],
+    "credit.values": ["test_credit.py", "test_credit_paths.py"],
+    "credit.siblings": ["test_credit.py", "test_credit_unbiased.py"],
+    "credit.paths": ["test_credit_paths.py"],
+    "credit.baseline": ["test_credit_baseline.py"],
+    "credit.estimators": ["test_credit.py", "test_credit_paths.py"],
+    "credit.assign": ["test_credit.py", "test_credit_paths.py", "test_credit_baseline.py"],
     "rows": ["test_rows.py"],
     "sampling": ["test_sampling.py", "test_rows.py"],
     "prefix_sharing.attention": PACKED,
@@ -49,9 +54,37 @@ EXAMPLES = 40  # of each law; the tests themselves draw 100
 
 # Changes that no test can notice, because they change no result: module -> reason -> changes, as they are printed.
 EQUIVALENT: dict[str, dict[str, list[str]]] = {
-    "credit": {
+    "credit.assign": {
         "without a reward no group has a value, so nothing is compared": [
-            "assign: …rd is not None), default=0.0)  ->  …rd is not None), default=1.0)",
+            "_kept: …rd is not None), default=0.0)  ->  …rd is not None), default=1.0)",
+        ],
+    },
+    "credit.paths": {
+        "both are made of equal length; the check is for readers": [
+            "tree_mean: …ount in zip(total, counts, strict=True)]  ->  …ount in zip(total, counts)]",
+            "tree_mean: …ip(total, counts, strict=True)]  ->  …ip(total, counts, strict=False)]",
+        ],
+    },
+    "credit.baseline": {
+        "only the root has depth 0, and it is not trained": [
+            "optimal_baseline: for depth in range(1, len(rows_below)):  ->  for depth in range(0, len(rows_below)):",
+            "optimal_baseline: …orest) for node in range(1, len(tree.parents)) if t…  ->  "
+            "…orest) for node in range(0, len(tree.parents)) if t…",
+        ],
+        "both are made of equal length; the check is for readers": [
+            "optimal_baseline: …odes, value_M, baseline_M, strict=True):  ->  …odes, value_M, baseline_M):",
+            "optimal_baseline: …ue_M, baseline_M, strict=True):  ->  …ue_M, baseline_M, strict=False):",
+        ],
+        "the root has no siblings, and no node stands before its parent": [
+            "_sibling_means: for node in range(1, len(tree.parents)):  ->  for node in range(0, len(tree.parents)):",
+            "_mean_outside: …or index in range(node + 1, len(tree.parents)):  ->  "
+            "…or index in range(node + 0, len(tree.parents)):",
+        ],
+        "features of nodes that lack one have no weight": [
+            "fit_baselines: …_M[:, None], feature_MF, 0.0)  ->  …_M[:, None], feature_MF, 1.0)",
+        ],
+        "any number far below a variance and far above rounding does": [
+            "module: FLAT = 1e-10  ->  FLAT = 2e-10",
         ],
     },
     "rows": {

@@ -5,18 +5,16 @@ It shares no code with the package but `Tree`, and follows the paper (arXiv:2506
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import sqrt
 
 import torch
+from plain_credit import OF_TREE, Rewards, of_tree, optimal_baseline, to_unit_rms, value_of
 from torch import Tensor, nn
 
 from treerpo_trl import Tree
-
-
-Rewards = Mapping[int, Fraction | None]  # leaf -> reward
 
 
 def reward_of(parts: Sequence[Fraction | None], weights: Sequence[Fraction]) -> Fraction | None:
@@ -25,17 +23,24 @@ def reward_of(parts: Sequence[Fraction | None], weights: Sequence[Fraction]) -> 
     return sum(given, Fraction(0)) if given else None
 
 
-def value_of(tree: Tree, node: int, rewards: Rewards) -> Fraction | None:
-    """The plain mean of the children's values, down to the rewards of the leaves."""
-    children = [child for child in range(len(tree.nodes)) if tree.nodes[child].parent == node]
-    if not children:
-        return rewards[node]
-    values = [value for child in children if (value := value_of(tree, child, rewards)) is not None]
-    return sum(values, Fraction(0)) / len(values) if values else None
+def advantages_of(
+    trees: Sequence[Tree],
+    rewards: Sequence[Rewards],
+    estimator: str,
+    tau: Fraction | None,
+    branching: Sequence[int],
+) -> list[dict[int, float]]:
+    """Of each tree of a batch, the advantage of every node that is trained."""
+    if estimator == "optimal_baseline":
+        return to_unit_rms(trees, rewards, optimal_baseline(trees, rewards, branching))
+    if estimator not in OF_TREE:
+        return [against_siblings(*pair, estimator, tau) for pair in zip(trees, rewards, strict=True)]
+    advantages = [of_tree(*pair, estimator) for pair in zip(trees, rewards, strict=True)]
+    return to_unit_rms(trees, rewards, advantages) if estimator == "treepo" else advantages
 
 
-def advantages_of(tree: Tree, rewards: Rewards, estimator: str, tau: Fraction | None) -> dict[int, float]:
-    """The advantage of every node that is trained."""
+def against_siblings(tree: Tree, rewards: Rewards, estimator: str, tau: Fraction | None) -> dict[int, float]:
+    """The advantages of the nodes whose group is not pruned."""
     advantages = {}
     for parent in range(len(tree.nodes)):
         group = {
@@ -54,6 +59,8 @@ def advantages_of(tree: Tree, rewards: Rewards, estimator: str, tau: Fraction | 
             scale = sqrt(variance)
         elif estimator == "group_std":
             scale = sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) + 1e-4
+        elif estimator == "leave_one_out":
+            scale = (len(values) - 1) / len(values)
         else:
             scale = 1.0
         for child, value in group.items():

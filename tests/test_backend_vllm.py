@@ -39,7 +39,7 @@ def trainer(vllm_model_path, tmp_path_factory) -> TreeRPOTrainer:
         per_device_train_batch_size=16, max_steps=1, learning_rate=1e-2, logging_steps=1, save_strategy="no",
         report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False, disable_tqdm=True,
         model_init_kwargs={"dtype": "float32"}, use_vllm=True, vllm_gpu_memory_utilization=0.3,
-        vllm_max_model_length=300, advantage_estimator="centered",
+        vllm_max_model_length=300, advantage_estimator="optimal_baseline",
     )  # fmt: skip
     return TreeRPOTrainer(vllm_model_path, spread_reward, args, train_dataset=dataset, processing_class=tokenizer)
 
@@ -117,6 +117,24 @@ def test_logprobs_are_those_of_the_model(generation, vllm_reference, vllm_model_
     rounding = (torch.cat([logprobs_of(rounded, tree, leaf, 0.7) for tree, leaf in leaves]) - exact).abs()
     assert errors.mean() < 2 * rounding.mean()
     assert errors.max() < 3 * rounding.max()
+
+
+def test_score_norms_are_estimated_from_the_logprobs(generation, vllm_reference):
+    """(1 - p)^2 by token, which is between half and all of 1 - 2 p + sum_v p_v^2."""
+    trees = grow([PROMPT, [9, 10]], VLLM_SHAPE, VLLMBackend(generation, [EOS]))
+    for tree in trees:
+        for node in tree.nodes[1:]:
+            assert node.score_norm == pytest.approx(sum((1 - math.exp(logprob)) ** 2 for logprob in node.logprobs))
+    estimated = exact = 0.0
+    for tree in trees:
+        for leaf in tree.leaves:
+            ids = [*tree.prompt_ids, *tree.completion_ids(leaf)]
+            with torch.no_grad():
+                probs = vllm_reference(torch.tensor([ids])).logits[0, len(tree.prompt_ids) - 1 : -1].softmax(-1)
+            drawn = probs.gather(1, torch.tensor(ids[len(tree.prompt_ids) :])[:, None])[:, 0]
+            exact += (1 - 2 * drawn + probs.square().sum(-1)).sum().item()
+            estimated += sum(tree.nodes[node].score_norm for node in tree.path(leaf))
+    assert 0.45 * exact < estimated < 1.05 * exact  # with room for rounding
 
 
 def test_greedy_trees_are_those_of_transformers(generation, vllm_reference, greedy_prompts):
@@ -228,4 +246,5 @@ def test_a_training_step(trainer):
     shape = trainer.tree_shape
     for scored in trainer.last_trees:
         check_laws(scored.tree, shape)
+        assert all(scored.kept[1:]) and all(node.score_norm is not None for node in scored.tree.nodes[1:])
     assert len(trainer.last_trees) == 2

@@ -199,7 +199,10 @@ def test_checkpoints_without_our_state_are_refused_with_a_way_out(
 def test_trees_come_back_as_they_were(forest, rewards):
     for tree in forest[1]:
         scored = assign(tree, leaf_rewards(tree, rewards))
-        assert unpack(pack(scored)) == scored
+        packed = pack(scored)
+        assert unpack(packed) == scored
+        packed["nodes"] = [node[:4] for node in packed["nodes"]]  # as earlier versions wrote them
+        assert unpack(packed) == scored
 
 
 def test_what_rewards_log_comes_back_as_plain_data(tmp_path):

@@ -1,9 +1,12 @@
 """TreeRPOConfig: what is derived, what is refused, and that TRL's parser reads it."""
 
+import math
+
 import pytest
 from trl import TrlParser
 
 from treerpo_trl import TreeRPOConfig, compatibility, rows
+from treerpo_trl.credit import ESTIMATORS
 
 
 def make(**options) -> TreeRPOConfig:
@@ -106,11 +109,6 @@ def test_a_threshold_that_no_group_exceeds_is_refused(threshold):
         make(prune_threshold=threshold)
 
 
-def test_no_estimator_takes_a_threshold_that_nothing_exceeds():
-    with pytest.raises(ValueError, match="never exceeds, so nothing would be trained"):
-        make(prune_threshold=float("inf"), advantage_estimator="group_std")
-
-
 def test_a_threshold_that_is_no_number_is_refused():
     with pytest.raises(TypeError, match=r"prune_threshold is '0\.1', a str; use prune_threshold=0\.1"):
         make(prune_threshold="0.1")
@@ -118,7 +116,13 @@ def test_a_threshold_that_is_no_number_is_refused():
         make(prune_threshold=float("nan"))
 
 
-@pytest.mark.parametrize("estimator", ["treerpo", "bernoulli_std", "group_std", "centered"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_no_estimator_takes_a_threshold_that_nothing_exceeds(estimator):
+    with pytest.raises(ValueError, match=r"never exceeds.*, so nothing would be trained"):
+        make(prune_threshold=math.inf, advantage_estimator=estimator)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("threshold", [None, -1.0, -float("inf"), 0, 0.999])
 def test_a_threshold_that_some_group_exceeds_is_taken(threshold, estimator):
     make(prune_threshold=threshold, advantage_estimator=estimator)
@@ -190,6 +194,7 @@ def test_the_papers_setting():
     assert (config.branching_factor, config.segment_length) == ([8, 8, 8], 384)
     assert (config.num_generations, config.max_completion_length) == (512, 1152)
     assert (config.temperature, config.beta, config.entropy_coef, config.epsilon) == (0.6, 0.001, 0.001, 0.2)
+    assert (config.advantage_estimator, config.prune_threshold) == ("treerpo", 0.1)
     assert (config.learning_rate, config.lr_scheduler_type, config.weight_decay) == (1e-6, "constant", 0.01)
     assert config.use_bias_correction_kl is False
     rows = 8 * config.per_device_train_batch_size * config.steps_per_generation

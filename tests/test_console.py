@@ -30,7 +30,7 @@ def test_a_tree_is_printed_step_by_step():
         "3+4=  V=0.50  4 tok",
         "├── V=1.00  7\\n  A=+2.00  2 tok",
         "│   ├── V=1.00  a<eos>  pruned  2 tok  reward 1  answer a",
-        "│   └── V=none  b<eos>  pruned  2 tok  reward none  answer b",
+        "│   └── V=none  b<eos>  no value  2 tok  reward none  answer b",
         "└── V=0.00  8<eos>  A=-2.00  2 tok  reward 0  answer 8",
     ]
 

@@ -1,4 +1,4 @@
-"""The paper's numbers, and laws of back-up, pruning and the estimators."""
+"""The paper's numbers, and laws of back-up, pruning and the estimators that compare siblings."""
 
 import math
 from dataclasses import FrozenInstanceError, fields
@@ -14,17 +14,24 @@ from treerpo_trl.credit import (
     ESTIMATORS,
     ROUNDING,
     UNIT_INTERVAL_ESTIMATORS,
+    Estimator,
+    ValuedTree,
     assign,
+    assign_batch,
     back_up,
+    bernoulli_std,
     centered,
     group_std,
     is_kept,
+    leave_one_out,
+    treerpo,
 )
 from treerpo_trl.sampling import TreeShape, grow
 from treerpo_trl.tree import NO_PARENT, ROOT, Segment, Tree
 
 
 unit_rewards = st.lists(st.floats(0, 1), min_size=2, max_size=8)
+GROUP_ESTIMATORS = [name for name, estimator in ESTIMATORS.items() if estimator.of_group is not None]
 some_rewards = st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1, max_size=9)
 
 
@@ -47,13 +54,25 @@ def test_golden_values_of_the_papers_figure_2():
 def test_golden_advantages_of_the_papers_example_rewards():
     """[0, 0, 1, 1] and [.49, .49, .51, .51] look the same to GRPO's group_std and 50 times apart to TreeRPO."""
     wide, narrow = [0.0, 0.0, 1.0, 1.0], [0.49, 0.49, 0.51, 0.51]
-    assert ESTIMATORS["treerpo"](wide) == pytest.approx([-2, -2, 2, 2])
-    assert ESTIMATORS["treerpo"](narrow) == pytest.approx([-0.04, -0.04, 0.04, 0.04])
-    assert ESTIMATORS["bernoulli_std"](wide) == pytest.approx([-1, -1, 1, 1])
-    assert ESTIMATORS["centered"](narrow) == pytest.approx([-0.01, -0.01, 0.01, 0.01])
-    assert ESTIMATORS["group_std"](wide) == pytest.approx([-0.866, -0.866, 0.866, 0.866], abs=1e-3)
-    assert ESTIMATORS["group_std"](narrow) == pytest.approx([-0.866, -0.866, 0.866, 0.866], abs=1e-2)
+    assert treerpo(wide) == pytest.approx([-2, -2, 2, 2])
+    assert treerpo(narrow) == pytest.approx([-0.04, -0.04, 0.04, 0.04])
+    assert bernoulli_std(wide) == pytest.approx([-1, -1, 1, 1])
+    assert centered(narrow) == pytest.approx([-0.01, -0.01, 0.01, 0.01])
+    assert group_std(wide) == pytest.approx([-0.866, -0.866, 0.866, 0.866], abs=1e-3)
+    assert group_std(narrow) == pytest.approx([-0.866, -0.866, 0.866, 0.866], abs=1e-2)
     assert is_kept(wide, 0.1) and not is_kept(narrow, 0.1)
+
+
+def test_golden_advantages_of_leaving_one_out():
+    """The others of [1, 0, 0, 1] have mean 1/3 and 2/3; of [1, .5] each has only the other."""
+    assert leave_one_out([1.0, 0.0, 0.0, 1.0]) == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    assert leave_one_out([1.0, 0.5]) == [0.5, -0.5]
+
+
+@given(unit_rewards)
+def test_leaving_one_out_is_centring_times_a_factor(values):
+    factor = len(values) / (len(values) - 1)
+    assert leave_one_out(values) == pytest.approx([factor * a for a in centered(values)], abs=1e-12)
 
 
 def test_pruning_is_strict():
@@ -127,7 +146,7 @@ def test_values_are_means_of_children(forest, rewards):
                 assert scored.values[index] is None
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", GROUP_ESTIMATORS)
 @given(forest=forests(), rewards=some_rewards)
 def test_siblings_advantages_sum_to_zero_and_order_as_values(estimator, forest, rewards):
     for tree in forest[1]:
@@ -140,19 +159,19 @@ def test_siblings_advantages_sum_to_zero_and_order_as_values(estimator, forest, 
             assert all(scored.advantages[a] <= scored.advantages[b] for a, b in pairwise(by_value))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", GROUP_ESTIMATORS)
 @given(values=unit_rewards, seed=st.randoms())
 def test_relabelling_siblings_changes_nothing(estimator, values, seed):
     order = list(range(len(values)))
     seed.shuffle(order)
-    expected = ESTIMATORS[estimator](values)
-    shuffled = ESTIMATORS[estimator]([values[i] for i in order])
+    expected = ESTIMATORS[estimator].of_group(values)
+    shuffled = ESTIMATORS[estimator].of_group([values[i] for i in order])
     assert shuffled == pytest.approx([expected[i] for i in order], rel=1e-6, abs=1e-9)
 
 
 @given(unit_rewards)
 def test_treerpo_is_bounded_by_the_group_size(values):
-    assert all(abs(advantage) <= len(values) * (1 + 1e-9) for advantage in ESTIMATORS["treerpo"](values))
+    assert all(abs(advantage) <= len(values) * (1 + 1e-9) for advantage in treerpo(values))
 
 
 @given(unit_rewards)
@@ -160,8 +179,8 @@ def test_treerpo_is_centered_over_the_bernoulli_variance(values):
     mean = sum(values) / len(values)
     assume(1e-3 < mean < 1 - 1e-3)
     variance = mean * (1 - mean)
-    assert ESTIMATORS["treerpo"](values) == pytest.approx([a / variance for a in centered(values)])
-    assert ESTIMATORS["bernoulli_std"](values) == pytest.approx([a / math.sqrt(variance) for a in centered(values)])
+    assert treerpo(values) == pytest.approx([a / variance for a in centered(values)])
+    assert bernoulli_std(values) == pytest.approx([a / math.sqrt(variance) for a in centered(values)])
 
 
 def test_group_std_is_trls():
@@ -174,12 +193,14 @@ def test_group_std_is_trls():
 @pytest.mark.parametrize("estimator", sorted(UNIT_INTERVAL_ESTIMATORS))
 @pytest.mark.parametrize("value", [0.0, 1.0, 1 + 1e-7, -1e-7])
 def test_equal_values_at_the_ends_of_the_interval_give_zero(estimator, value):
-    assert ESTIMATORS[estimator]([value] * 3) == [0.0] * 3
+    assert ESTIMATORS[estimator].of_group([value] * 3) == [0.0] * 3
 
 
 @pytest.mark.parametrize("estimator", sorted(UNIT_INTERVAL_ESTIMATORS))
 def test_values_beyond_the_ends_of_the_interval_count_as_the_ends(estimator):
-    assert ESTIMATORS[estimator]([1 + ROUNDING, 0.25, -ROUNDING]) == ESTIMATORS[estimator]([1.0, 0.25, 0.0])
+    assert ESTIMATORS[estimator].of_group([1 + ROUNDING, 0.25, -ROUNDING]) == ESTIMATORS[estimator].of_group(
+        [1.0, 0.25, 0.0]
+    )
 
 
 def test_the_defaults_are_the_papers():
@@ -187,7 +208,7 @@ def test_the_defaults_are_the_papers():
     tree = tree_of(2, 2)
     rewards = leaf_rewards(tree, [0.5, 0.65, 0.5, 0.55])
     scored = assign(tree, rewards)
-    assert scored == assign(tree, rewards, "treerpo", 0.1)
+    assert scored == assign(tree, rewards, "treerpo", 0.1) == assign_batch([tree], [rewards])[0]
     assert scored.kept[3:] == (True, True, False, False)
 
 
@@ -221,7 +242,7 @@ def test_rewards_that_rounding_puts_outside_the_interval_are_taken(estimator):
 
 def test_an_estimator_must_give_one_advantage_to_each_value(monkeypatch):
     tree = tree_of(2, 2)
-    monkeypatch.setitem(ESTIMATORS, "short", lambda values: values[1:])
+    monkeypatch.setitem(ESTIMATORS, "short", Estimator(of_group=lambda values: values[1:]))
     with pytest.raises(ValueError, match="shorter"):
         assign(tree, leaf_rewards(tree, [0.0, 1.0]), "short")
 
@@ -249,9 +270,10 @@ def test_depth_one_is_a_flat_group(num_children, seed, rewards):
     assert scored.advantages[1:] == pytest.approx(group_std(flat))
 
 
-def test_a_scored_tree_is_immutable():
+def test_scored_trees_and_estimators_are_immutable():
     tree = tree_of(2, 2)
-    scored = assign(tree, leaf_rewards(tree, [0.0, 1.0]))
-    for each in fields(scored):
-        with pytest.raises(FrozenInstanceError):
-            setattr(scored, each.name, None)
+    rewards = leaf_rewards(tree, [0.0, 1.0])
+    for record in (assign(tree, rewards), ValuedTree.of(tree, rewards), ESTIMATORS["treerpo"]):
+        for each in fields(record):
+            with pytest.raises(FrozenInstanceError):
+                setattr(record, each.name, None)

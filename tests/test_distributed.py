@@ -76,6 +76,17 @@ def given(loss_type: str) -> str:
     return f"given={json.dumps(options)}"
 
 
+# Credit that depends on the trees of the other process, too. Of single paths each process has one.
+CREDIT = {
+    "credit-of-trees": {"advantage_estimator": "optimal_baseline"},
+    "credit-of-paths": {
+        "advantage_estimator": "optimal_baseline", "branching_factor": 1, "max_depth": 1, "segment_length": 12,
+        "per_device_train_batch_size": 1, "trees": 2,
+    },
+    "credit-at-unit-size": {"advantage_estimator": "treepo"},
+}  # fmt: skip
+
+
 def scenarios_of(config: str) -> dict[str, str]:
     """Name -> scenario for distributed_run.py."""
     scenarios = {
@@ -85,6 +96,7 @@ def scenarios_of(config: str) -> dict[str, str]:
     }
     if config == "multi_cpu":
         scenarios |= {f"given-{loss_type}": given(loss_type) for loss_type in LOSS_TYPES[1:]}
+        scenarios |= {name: f"given={json.dumps(options)}" for name, options in CREDIT.items()}
     if config == "deepspeed_zero3_cpu":
         scenarios["sharded"] = 'uneven={"ds3_gather_for_generation": false}'
     return scenarios
@@ -108,7 +120,7 @@ def runs(request, model_path, tmp_path_factory) -> tuple[str, dict[str, Run]]:
 
 
 def uneven_runs(runs: dict[str, Run]) -> list[Run]:
-    return [run for name, run in runs.items() if not name.startswith("given")]
+    return [run for name, run in runs.items() if not name.startswith(("given", "credit"))]
 
 
 def test_processes_with_unequal_trees_train_one_model(runs):
@@ -179,6 +191,23 @@ def test_the_gradient_is_that_of_one_process(runs, model_path, tmp_path):
         assert all(one["owned"] != other["owned"] for one, other in zip(first, second, strict=True))
         assert all(step["old_logps"] for step in first)
         for parameter, expected in alone.items():
+            moved = (expected - start[parameter]).norm()
+            assert moved > 0
+            assert (run.parameters[0][parameter] - expected).norm() < 1e-4 * moved, f"{name}: {parameter}"
+
+
+def test_credit_of_the_batch_is_that_of_one_process(runs, model_path, tmp_path):
+    """The same advantages of the same trees, and the same parameters after four updates."""
+    start = dict(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).named_parameters())
+    for name in CREDIT.keys() & runs[1].keys():
+        run = runs[1][name]
+        distributed_run.train_given(model_path, str(tmp_path / name), processes=1, **CREDIT[name])
+        alone = json.loads((tmp_path / name / "rank_0.json").read_text())
+        for steps in zip(alone["record"], *(seen["record"] for seen in run.seen), strict=True):
+            one, first, second = ([a for tree in step["advantages"] for a in tree] for step in steps)
+            assert any(first) and any(second)
+            assert one == pytest.approx([*first, *second], rel=1e-9, abs=1e-9)
+        for parameter, expected in torch.load(tmp_path / name / "rank_0.pt").items():
             moved = (expected - start[parameter]).norm()
             assert moved > 0
             assert (run.parameters[0][parameter] - expected).norm() < 1e-4 * moved, f"{name}: {parameter}"

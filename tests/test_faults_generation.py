@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from treerpo_trl import TreeRPOTrainer
+from treerpo_trl.credit import ESTIMATORS
 
 
 def with_end_bias(model: Qwen2ForCausalLM, bias: float) -> Qwen2ForCausalLM:
@@ -142,7 +143,16 @@ def test_a_branching_factor_that_is_no_whole_number_is_refused(make_args, branch
         make_args(branching_factor=branching)
 
 
-@pytest.mark.parametrize("branching", [1, 0, -2, [2, 1, 2]])
-def test_a_branching_factor_below_two_is_refused_with_the_reason(make_args, branching):
-    with pytest.raises(ValueError, match="below 2; an only child has no sibling to be compared with"):
-        make_args(branching_factor=branching)
+@pytest.mark.parametrize("branching", [1, [2, 1, 2]])
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "optimal_baseline"])
+def test_a_branching_factor_below_two_is_refused_with_the_reason(make_args, branching, estimator):
+    message = f"below 2, but advantage_estimator='{estimator}' compares the nodes of one tree.*'optimal_baseline'"
+    with pytest.raises(ValueError, match=message):
+        make_args(branching_factor=branching, advantage_estimator=estimator)
+
+
+@pytest.mark.parametrize("branching", [0, -2, [2, 0, 2]])
+@pytest.mark.parametrize("estimator", ["treerpo", "optimal_baseline"])
+def test_a_branching_factor_below_one_is_refused_with_the_reason(make_args, branching, estimator):
+    with pytest.raises(ValueError, match="below 1; a node that goes on has children"):
+        make_args(branching_factor=branching, advantage_estimator=estimator)

@@ -13,7 +13,7 @@ from test_trainer import train
 from transformers import Qwen2ForCausalLM, TrainerCallback
 
 from treerpo_trl import TreeRPOTrainer
-from treerpo_trl.credit import ESTIMATORS
+from treerpo_trl.credit import treerpo
 from treerpo_trl.numerics import MOST_SKIPPED
 
 
@@ -167,5 +167,5 @@ def test_a_mean_next_to_zero_or_one_gives_bounded_advantages(size, distance, is_
     values = [end] * size
     values[place % size] = other
     for value in torch.tensor(values), torch.tensor(values, dtype=torch.float64):
-        advantages = ESTIMATORS["treerpo"](value.tolist())
+        advantages = treerpo(value.tolist())
         assert all(math.isfinite(advantage) and abs(advantage) <= size * (1 + 1e-6) for advantage in advantages)

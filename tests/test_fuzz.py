@@ -5,6 +5,7 @@ from fractions import Fraction
 import fuzz
 import pytest
 from hypothesis import HealthCheck, given, settings
+from plain_credit import OF_TREE
 
 from treerpo_trl.sampling import TreeShape
 
@@ -39,9 +40,26 @@ def test_a_case_compares_every_update_and_many_tokens():
     assert outcome.worst < 1e-4
 
 
+@pytest.mark.parametrize("estimator", [*OF_TREE, "leave_one_out", "optimal_baseline"])
+def test_a_case_of_each_estimator_that_looks_beyond_siblings(estimator):
+    options = {**case_of().options, "advantage_estimator": estimator}
+    outcome = fuzz.check(case_of(options=options, num_trees=4, has_score_norms=True, seed=2))
+    assert outcome.updates == 4 and outcome.trained_tokens > 100
+
+
+def test_a_case_of_single_completions():
+    options = {**case_of().options, "advantage_estimator": "optimal_baseline"}
+    outcome = fuzz.check(case_of(options=options, shape=TreeShape((1, 1), 4, 7), num_trees=4))
+    assert outcome.updates == 4 and outcome.trained_tokens > 10
+
+
 def test_a_wrong_advantage_is_noticed(monkeypatch):
     """What the reference says is not what the trainer does if an advantage is off by a hundredth."""
     right = fuzz.advantages_of
-    monkeypatch.setattr(fuzz, "advantages_of", lambda *args: {node: 1.01 * a for node, a in right(*args).items()})
+
+    def wrong(*args):
+        return [{node: 1.01 * a for node, a in of_tree.items()} for of_tree in right(*args)]
+
+    monkeypatch.setattr(fuzz, "advantages_of", wrong)
     with pytest.raises(AssertionError, match="relative error"):
         fuzz.check(case_of())

@@ -42,7 +42,7 @@ MUTANTS = {
 
 def test_golden_mutants_leave_annotations_docstrings_and_messages_alone():
     expected = [f"halve: {before}  ->  {after}" for before, changes in MUTANTS.items() for after in changes]
-    assert [mutant.change for mutant in mutants_of("credit", CODE)] == expected
+    assert [mutant.change for mutant in mutants_of("credit.values", CODE)] == expected
 
 
 @pytest.mark.parametrize("module", TESTS_OF)
@@ -53,9 +53,10 @@ def test_all_mutants_compile_and_differ(module):
         compile(mutant.source, module, "exec", dont_inherit=True)
 
 
-def test_every_module_of_prefix_sharing_has_its_tests():
-    modules = {f"prefix_sharing.{path.stem}" for path in PACKAGE.glob("prefix_sharing/*.py")}
-    assert modules - {"prefix_sharing.__init__"} <= TESTS_OF.keys()
+@pytest.mark.parametrize("room", ["credit", "prefix_sharing"])
+def test_every_module_of_a_room_has_its_tests(room):
+    modules = {f"{room}.{path.stem}" for path in PACKAGE.glob(f"{room}/*.py")}
+    assert modules - {f"{room}.__init__"} <= TESTS_OF.keys()
     assert all((TESTS / name).exists() for names in TESTS_OF.values() for name in names)
 
 

@@ -18,7 +18,7 @@ from treerpo_trl.reporting.starvation import FIRST_WARNING, StarvationWatch
 from treerpo_trl.tree import ROOT, Segment, Tree
 
 
-TAUGHT = {"tree/kept_groups": 0.01, "tree/value_range_max": 1.0, "tree/reward": 0.5}
+TAUGHT = {"tree/kept_groups": 0.01, "tree/value_range_max": 1.0, "tree/reward": 0.5, "tree/advantage_abs": 0.1}
 TIED = {"tree/kept_groups": 0.0, "tree/value_range_max": 0.0, "tree/reward": 0.25}
 UNSCORED = {"tree/kept_groups": 0.0}
 CLOSE = {"tree/kept_groups": 0.0, "tree/value_range_max": 0.04, "tree/reward": 0.02}

@@ -170,6 +170,20 @@ def test_trains_under_every_engine(config, folder, llama_path):
     check_launch(config, folder, llama_path, Dataset.from_dict({"prompt": prompts, "reward_model": answers}))
 
 
+@pytest.mark.parametrize("branching", [["1"], ["1", "2"]])
+def test_single_paths_train_from_the_command_line(folder, llama_path, branching):
+    """Given as options on top of a YAML file, with a baseline from the other prompts' trees."""
+    prompts = [[{"role": "user", "content": f"What is {i} + {i}?"}] for i in range(16)]
+    Dataset.from_dict({"prompt": prompts}).to_parquet(folder / "rows.parquet")
+    config = {name: RUN[name] for name in RUN.keys() - {"dataset_solution_column", "reward_weights", "max_depth"}}
+    config |= {"dataset_name": "rows.parquet", "model_name_or_path": llama_path, "output_dir": "out"}
+    config["reward_funcs"] = ["my_rewards.parity_reward"]
+    run_in_process(config, "--advantage_estimator", "optimal_baseline", "--branching_factor", *branching)
+    steps = [entry for entry in log_history(folder / "out" / "checkpoint-2") if "tree/nodes" in entry]
+    assert [entry["tree/kept_groups"] for entry in steps] == [1, 1]
+    assert any(entry["grad_norm"] > 0 for entry in steps)
+
+
 def test_trains_lora_and_resumes(folder, llama_path, math_rows):
     """LoRA flags save an adapter that peft loads; a run goes on from a checkpoint."""
     math_rows.to_parquet(folder / "math.parquet")

@@ -90,7 +90,7 @@ def test_every_field_is_shown(page, pages):
     assert facts(page, "1")[2:4] == ["pruned", "μ 1.00"]
     assert page.locator("[role=group].pruned").count() == 3
     choose_prompt(page, 3)
-    assert facts(page, "1.1")[:3] == ["V none", "1.1", "pruned"]
+    assert facts(page, "1.1")[:3] == ["V none", "1.1", "no value"]
     assert "no reward" in facts(page, "1.1")
 
 
@@ -262,7 +262,7 @@ def test_filters(page, pages):
     assert prompts.all_inner_texts() == ["Tree 0", "Tree 2", "Tree 3"]
     visit(page, pages["example"], 1)
     assert names(page) == ["Prompt"]
-    expect(page.get_by_text("Every group of this tree was pruned.")).to_be_visible()
+    expect(page.get_by_text("No group of this tree was kept.")).to_be_visible()
     page.get_by_label("Only kept groups").uncheck()
     assert len(names(page)) == 7
 

@@ -21,7 +21,7 @@ from treerpo_trl.rows import slots
 from treerpo_trl.tree import ROOT
 from treerpo_trl.views import read_trees, tree_records, write_trees
 from treerpo_trl.views.files import replacing
-from treerpo_trl.views.records import SCHEMA, TREE_COLUMNS, read_summary
+from treerpo_trl.views.records import ADDED_LATER, SCHEMA, TREE_COLUMNS, read_summary
 from treerpo_trl.views.summary import by_tree, summarise
 from treerpo_trl.views.text import final_answer
 
@@ -219,6 +219,16 @@ def test_other_columns_are_named(tmp_path):
     for read in (read_trees, read_summary):
         with pytest.raises(ValueError, match=r"step_000001.*missing \['rows'\], unknown \['colour'\]"):
             read(path)
+
+
+def test_files_of_earlier_versions_are_read(tmp_path):
+    path = tmp_path / "step_000010.parquet"
+    records = [{**record, "score_norm": 0.5} for record in example_records()]
+    write_trees(records, path)
+    assert read_trees(path) == records
+    pq.write_table(pq.read_table(path).drop_columns(list(ADDED_LATER)), path)
+    assert read_trees(path) == example_records()
+    assert read_summary(path).trees == 4
 
 
 def test_a_column_of_another_type_is_named(tmp_path):

@@ -11,6 +11,7 @@ from .credit import ESTIMATORS
 
 LOSS_TYPES = ("dapo", "bnpo", "cispo", "dr_grpo")
 LOSS_WEIGHTINGS = ("token", "node")
+UNSCALED_ESTIMATORS = ("centered", "leave_one_out", "parent", "tree_mean", "treerl")
 NO_CONTINUOUS_BATCHING = (
     "it starts each call with an empty cache, so every wave would compute its prompts and paths again; the default "
     "computes each token once, and so does use_vllm=True"
@@ -30,7 +31,7 @@ def refuse_unsupported(config: Any) -> None:
         rules = [*rules, _IMPORTANCE_SAMPLING_RULE]
     for name, allowed, reason in rules:
         value = getattr(config, name)
-        if name == "scale_rewards" and config.advantage_estimator == "centered":
+        if name == "scale_rewards" and config.advantage_estimator in UNSCALED_ESTIMATORS:
             allowed = (*allowed, "none", False)  # which says the same
         if value not in allowed:
             raise ValueError(refusal(name, value, allowed, reason))

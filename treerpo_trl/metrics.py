@@ -137,8 +137,9 @@ def tree_metrics(
       `mask_truncated_completions` takes out.
     - `tree/reward`, `tree/reward_std`: mean and standard deviation of the rewards of the distinct trajectories;
       `tree/rewards/{name}/mean` and `/std` of one reward function.
-    - `tree/kept_groups`: share of groups that were not pruned; `tree/kept_groups/depth_d` of those at depth d. This
-      and `tree/advantage_abs` are about values: also of nodes that `mask_truncated_completions` takes out of the loss.
+    - `tree/kept_groups`: share of groups that were not pruned (with an estimator that prunes nothing: that have a
+      value); `tree/kept_groups/depth_d` of those at depth d. This and `tree/advantage_abs` are about values: also of
+      nodes that `mask_truncated_completions` takes out of the loss.
     - `tree/value_mean/depth_d`, `tree/value_std/depth_d`: mean and standard deviation of the values at depth d.
     - `tree/value_range/depth_d`: max - min of the values of a group at depth d.
     - `tree/value_range_max`: the largest of these of any group with two values or more.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import textwrap
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -14,6 +15,22 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .credit import ESTIMATORS
+
+
+PAPER = {
+    "title": "TreeRPO: Tree Relative Policy Optimization",
+    "id": "2506.05183",
+    # docstyle-ignore
+    "citation": textwrap.dedent("""\
+        @article{yang2025treerpo,
+            title        = {{TreeRPO: Tree Relative Policy Optimization}},
+            author       = {Zhicheng Yang and Zhijiang Guo and Yinya Huang and Yongxin Wang and Yiwei Wang and
+                            Xiaodan Liang and Jing Tang},
+            year         = 2025,
+            eprint       = {arXiv:2506.05183},
+        }"""),
+}
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PACKAGES = {
@@ -49,6 +66,7 @@ def write_model_card(trainer: Any, write_draft: Callable[[], None]) -> None:
         repo=trainer.hub_model_id or name,
         introduction=introduce(data, adapter, trainer._name, trainer._paper),
         method=trainer._name,
+        comparison=describe_comparison(trainer.args.advantage_estimator),
         adapter=adapter,
         base_model=data.base_model,
         is_chat=takes_messages(trainer.train_dataset, trainer.processing_class),
@@ -117,6 +135,14 @@ def introduce(data: ModelCardData, adapter: Any, method: str, paper: dict[str, s
     )
 
 
+def describe_comparison(estimator: str) -> str:
+    """What a step is trained against."""
+    chosen = ESTIMATORS[estimator]
+    if chosen.of_group is not None:
+        return "its siblings"
+    return "its tree" if chosen.of_tree is not None else "the other trees of the batch"
+
+
 def takes_messages(dataset: Any, processing_class: Any) -> bool:
     """Whether prompts are chat messages rather than strings.
 
@@ -133,7 +159,8 @@ def list_settings(trainer: Any) -> dict[str, str]:
     args, shape = trainer.args, trainer.tree_shape
     updates = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
     rewards = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
-    threshold = args.prune_threshold
+    prunes = ESTIMATORS[args.advantage_estimator].prunes
+    threshold = args.prune_threshold if prunes else None
     return {
         "Branching factor, by depth": ", ".join(map(str, shape.branching)),
         "Depth": str(shape.max_depth),

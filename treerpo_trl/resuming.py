@@ -248,7 +248,7 @@ def put_state(trainer: Any, state: Mapping[str, Any]) -> None:
 
 def pack(scored: ScoredTree) -> dict[str, Any]:
     """A scored tree as plain data."""
-    nodes = [(node.parent, node.token_ids, node.ended, node.logprobs) for node in scored.tree.nodes]
+    nodes = [(node.parent, node.token_ids, node.ended, node.logprobs, node.score_norm) for node in scored.tree.nodes]
     return {
         "nodes": nodes, "rewards": dict(scored.rewards), "values": scored.values, "advantages": scored.advantages,
         "kept": scored.kept,

@@ -39,6 +39,18 @@ def slots(tree: Tree, branching: Sequence[int]) -> list[int]:
     return [leaf for leaf in tree.leaves for _ in range(math.prod(branching[tree.depths[leaf] :]))]
 
 
+def leaf_rewards(
+    trees: Sequence[Tree], branching: Sequence[int], rewards_B: Sequence[float | None]
+) -> list[dict[int, float | None]]:
+    """The reward of each leaf of each tree, from those of the rows."""
+    rewards, start = [], 0
+    for tree in trees:
+        leaves = slots(tree, branching)
+        rewards.append(dict(zip(leaves, rewards_B[start : start + len(leaves)], strict=True)))
+        start += len(leaves)
+    return rewards
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """Which node every token of every row belongs to, and which row trains it.
@@ -137,6 +149,11 @@ def credit_tokens(
         weight_N += [weight * kept for weight, kept in zip(weights, scored.kept, strict=True)]
     advantage_BT = project(layout.node_BT, torch.tensor(advantage_N))
     return advantage_BT, project(layout.node_BT, torch.tensor(weight_N)) * layout.owned_BT
+
+
+def leave_out_small(weight_BT: Tensor, advantage_BT: Tensor, min_advantage: float) -> Tensor:
+    """(B, T): weights, 0 for tokens whose advantage is smaller than `min_advantage` in absolute value."""
+    return weight_BT * (advantage_BT.abs() >= min_advantage)
 
 
 def row_means(value_BT: Tensor, layout: RowLayout) -> Tensor:

@@ -35,6 +35,11 @@ class TreeShape:
         """Leaves of the complete tree, N_1 x .. x N_D: the rows a prompt takes in the batch."""
         return math.prod(self.branching)
 
+    @property
+    def rows_below(self) -> tuple[int, ...]:
+        """[D + 1] leaves of the complete tree below a node, by depth: the rows that pass through it."""
+        return tuple(math.prod(self.branching[depth:]) for depth in range(self.max_depth + 1))
+
     def max_tokens(self, depth: int) -> int:
         """Most tokens of a segment at `depth` (1..D)."""
         return min(self.segment_length, self.max_completion_length - (depth - 1) * self.segment_length)

@@ -20,11 +20,14 @@ class Segment:
         ended: Whether generation is over after this segment (it drew EOS or a stop string). A segment that merely
             reached its length limit has not ended: it can branch.
         logprobs: Log-probability, in nats, that each token was drawn with; `None` if the backend does not report it.
+        score_norm: Squared norm of the gradient of the segment's log-probability for the logits, the sum over its
+            tokens t of 1 - 2 p_t + sum_v p_v^2; `None` if the backend does not report it.
     """
 
     token_ids: tuple[int, ...]
     ended: bool
     logprobs: tuple[float, ...] | None = None
+    score_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,14 @@ class Node:
         token_ids: The tokens this node adds. The root's are the prompt's.
         ended: See [`Segment`]. An ended node is a leaf.
         logprobs: See [`Segment`].
+        score_norm: See [`Segment`].
     """
 
     parent: int
     token_ids: tuple[int, ...]
     ended: bool = False
     logprobs: tuple[float, ...] | None = None
+    score_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Tree:
     def grow(self, segments: Mapping[int, Sequence[Segment]]) -> Tree:
         """The tree with new children: parent index -> its children's segments, in order."""
         children = [
-            Node(parent, segment.token_ids, segment.ended, segment.logprobs)
+            Node(parent, segment.token_ids, segment.ended, segment.logprobs, segment.score_norm)
             for parent, group in segments.items()
             for segment in group
         ]

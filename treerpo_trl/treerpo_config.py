@@ -10,10 +10,10 @@ from trl import GRPOConfig
 
 from .checks.generation_options import check_generation_kwargs
 from .checks.moved_options import explains_unknown_options
-from .checks.objective import check_normalizer, check_prune_threshold
+from .checks.objective import check_min_advantage, check_normalizer, check_prune_threshold
 from .checks.options import check_options
 from .checks.precision import bf16_explained
-from .checks.tree_shape import check_trees_fit, derive_tree
+from .checks.tree_shape import check_trees_fit, derive_tree, one_completion_allowed
 from .compatibility import refuse_oversized_engine, refuse_unsupported
 
 
@@ -37,23 +37,45 @@ class TreeRPOConfig(GRPOConfig):
     Parameters:
         branching_factor (`int` or `list[int]`, *optional*, defaults to `2`):
             Number of children of each unfinished node: one number for every depth, or one per depth (N_1 .. N_D).
+            `1` is taken with `advantage_estimator="optimal_baseline"` only: the others compare nodes of one tree.
         max_depth (`int`, *optional*):
             Depth D of the tree. Defaults to the length of `branching_factor` if that has several numbers, else to `3`.
         segment_length (`int`, *optional*):
             Most tokens of a segment, at which it branches (the paper's L_step). Defaults to `max_completion_length`
             divided by `max_depth`, rounded up, if that is given, else to `128`.
         advantage_estimator (`str`, *optional*, defaults to `"treerpo"`):
-            How values become advantages within a group of siblings with mean mu:
+            How the value V of a node becomes its advantage. Against its siblings, whose values have the mean mu:
 
             - `"treerpo"`: (V - mu) / (mu (1 - mu)), the paper's eq. 4. Needs rewards in [0, 1].
             - `"bernoulli_std"`: (V - mu) / sqrt(mu (1 - mu)). Needs rewards in [0, 1].
-            - `"group_std"`: (V - mu) / (std + 1e-4), as GRPO.
-            - `"centered"`: V - mu, as Dr. GRPO.
+            - `"group_std"`: (V - mu) / (std + 1e-4), as GRPO. For rewards on any scale.
+            - `"centered"`: V - mu, as Dr. GRPO. Leaves the scale of the rewards as it is.
+            - `"leave_one_out"`: V - mean of the other siblings, as RLOO: `"centered"` without its bias.
+
+            Against its tree, n leaves below the node:
+
+            - `"parent"`: V - V(parent), as SPO-tree.
+            - `"tree_mean"`: V - mean reward of the leaves that are not below the node. Unbiased.
+            - `"treerl"`: sqrt(n) (2 V - V(root) - V(parent)), as TreeRL.
+            - `"treepo"`: n times the mean over the node's ancestors of V - V(ancestor), as TreePO; then divided by the
+              root mean square over the tokens of the batch.
+
+            Against the other trees of the batch:
+
+            - `"optimal_baseline"`: sqrt(n) (V - b), n leaves of the complete tree below the node, b the baseline that
+              leaves least noise in the gradient, fitted by depth to the other trees; then divided by the root mean
+              square. For small trees, also of a single path (`branching_factor=1`), with many prompts a batch.
         prune_threshold (`float` or `None`, *optional*, defaults to `0.1`):
             tau: a group is trained if and only if max - min of its values exceeds it. It is in units of the reward
             (the weighted sum of the reward functions): for rewards that do not go from 0 to 1, take about a tenth of
             what lies between good and bad ones. `None`, or a negative number (the command line has no word for
             `None`), keeps every group. One that no group can exceed, such as 1 for rewards in [0, 1], is an error.
+            It has no effect with estimators that compare a node with more than its siblings: they prune nothing.
+        min_advantage (`float`, *optional*, defaults to `0.0`):
+            Tokens of nodes whose advantage is smaller, in absolute value, are left out of the training forward and of
+            the loss, which is still divided by the number of all. It saves time where most advantages are small, as
+            with `"optimal_baseline"`, whose advantages have the root mean square 1, on tasks with few right answers.
+            The gradient is biased by what is left out. Tokens that are left out have no KL or entropy term either.
         loss_weighting (`str`, *optional*, defaults to `"token"`):
             `"token"`: the loss is a mean over all kept tokens (the authors' code). `"node"`: a mean over kept nodes of
             the mean over a node's tokens (eq. 5 as printed).
@@ -66,7 +88,7 @@ class TreeRPOConfig(GRPOConfig):
             the reason if not; `True` makes that an error; `False` computes dense rows.
         num_generations (`int`, *optional*):
             Leaves of the complete tree, N_1 x .. x N_D: the rows a prompt takes in the batch. Derived; if given, it is
-            checked.
+            checked. It may be 1 where every branching factor is.
         max_completion_length (`int`, *optional*):
             Most tokens of a completion. Defaults to `max_depth * segment_length`; it may be smaller by less than a
             segment, which makes the last segment the shorter one.
@@ -90,7 +112,8 @@ class TreeRPOConfig(GRPOConfig):
     branching_factor: Branching = field(
         default_factory=lambda: [2],
         metadata={
-            "help": "Number of children of each unfinished node: one number for every depth, or one per depth.",
+            "help": "Number of children of each unfinished node: one number for every depth, or one per depth. 1 is "
+            "taken with advantage_estimator 'optimal_baseline' only.",
             "nargs": "+",
         },
     )
@@ -111,15 +134,24 @@ class TreeRPOConfig(GRPOConfig):
     advantage_estimator: str = field(
         default="treerpo",
         metadata={
-            "help": "How values become advantages within a group of siblings: 'treerpo' (the paper's eq. 4), "
-            "'bernoulli_std', 'group_std' (GRPO) or 'centered' (Dr. GRPO). The first two need rewards in [0, 1]."
+            "help": "How values become advantages. Against siblings: 'treerpo' (the paper's eq. 4), 'bernoulli_std' "
+            "(these need rewards in [0, 1]), 'group_std' (GRPO), 'centered' (Dr. GRPO) or 'leave_one_out' (RLOO). "
+            "Against the tree: 'parent' (SPO-tree), 'tree_mean', 'treerl' or 'treepo'. Against the other trees of the "
+            "batch: 'optimal_baseline' (least noise in the gradient; for small trees, many prompts a batch)."
         },
     )
     prune_threshold: float | None = field(
         default=0.1,
         metadata={
             "help": "A group of siblings is trained if and only if max - min of its values exceeds this, in units of "
-            "the reward. A negative number keeps every group."
+            "the reward. A negative number keeps every group. No effect with estimators that compare with more than "
+            "siblings."
+        },
+    )
+    min_advantage: float = field(
+        default=0.0,
+        metadata={
+            "help": "Tokens of nodes whose advantage is smaller, in absolute value, are neither computed nor trained."
         },
     )
     loss_weighting: str = field(
@@ -179,10 +211,11 @@ class TreeRPOConfig(GRPOConfig):
         refuse_unsupported(self)
         check_normalizer(self)
         check_prune_threshold(self)
+        check_min_advantage(self)
         self._check_tree_log()
         if self.generation_batch_size is None:
             check_trees_fit(self, self.steps_per_generation or self.gradient_accumulation_steps)
-        with bf16_explained(self):
+        with bf16_explained(self), one_completion_allowed(self):
             # Resolves steps_per_generation, and parses generation_kwargs from the command line.
             super().__post_init__()
         check_trees_fit(self, self.steps_per_generation)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,14 +20,23 @@ from .adapters import check_adapter, check_quantization, prepare_adapter
 from .backends import TransformersBackend, VLLMBackend, find_context_length
 from .callbacks import TreeLoggingCallback
 from .checks.generation_options import check_generation_options, options_on_trees
-from .credit import ScoredTree, assign
+from .credit import ESTIMATORS, ScoredTree, assign_batch
 from .metrics import Metrics, pool, step_metrics, tree_metrics
-from .model_card import write_model_card
+from .model_card import PAPER, write_model_card
 from .numerics import GradientGuard
 from .prefix_sharing import PrefixSharing
 from .reporting.starvation import StarvationWatch
 from .resuming import ResumableGRPOTrainer
-from .rows import credit_tokens, entropy_of_the_batch, lay_out, row_means, shuffle_micro_batches, slots
+from .rows import (
+    credit_tokens,
+    entropy_of_the_batch,
+    lay_out,
+    leaf_rewards,
+    leave_out_small,
+    row_means,
+    shuffle_micro_batches,
+    slots,
+)
 from .sampling import TreeShape, grow
 from .scoring import DistinctRows, RowRewards, check_rewards, score_once
 from .timing import PhaseTimer, timed
@@ -52,7 +60,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
 
     It takes the arguments of [`~trl.GRPOTrainer`] and differs in two things. Sampling: instead of `num_generations`
     independent completions, each prompt grows a tree of segments. Credit: every segment is worth the mean of its
-    children, down to the rewards of the leaves, and its tokens are trained with its advantage over its siblings.
+    children, up from the rewards of the leaves, and its tokens are trained with its advantage.
 
     The batch has TRL's shape: row k of a prompt is the k-th root-to-leaf path of the complete tree, depth first. Each
     segment carries loss in the first row it appears in. Evaluation samples plain completions, as GRPO does.
@@ -99,19 +107,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
 
     _tag_names = ["trl", "treerpo"]
     _name = "TreeRPO"
-    _paper = {
-        "title": "TreeRPO: Tree Relative Policy Optimization",
-        "id": "2506.05183",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{yang2025treerpo,
-                title        = {{TreeRPO: Tree Relative Policy Optimization}},
-                author       = {Zhicheng Yang and Zhijiang Guo and Yinya Huang and Yongxin Wang and Yiwei Wang and
-                                Xiaodan Liang and Jing Tang},
-                year         = 2025,
-                eprint       = {arXiv:2506.05183},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -215,6 +211,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
                 tokenizer=self._tokenizer,
                 fork_caches=self._can_fork_caches,
                 synced_gpus=self._must_sync_generation,
+                with_score_norms=ESTIMATORS[self.args.advantage_estimator].of_forest is not None,
             )
             trees = grow(prompts, self.tree_shape, backend)
             self._can_fork_caches = backend.fork_caches
@@ -285,13 +282,16 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             width=completion_mask.size(1),
             active_B=completion_mask.any(dim=1).tolist(),  # mask_truncated_completions empties rows
         )
-        advantages, loss_mask = (
+        advantages, weights = (
             values.to(device)
             for values in credit_tokens(layout, trees, self.args.loss_weighting, self.tree_shape.segment_length)
         )
         # In the completions table, which holds one batch, a row's advantage is the mean over its tokens.
         self._logs["advantages"].extend(gather(row_means(advantages, layout)).tolist())
-        trained_weight = self.accelerator.gather((completion_mask * loss_mask).sum()).sum()
+        weights = completion_mask * weights
+        loss_mask = leave_out_small(weights, advantages, self.args.min_advantage)
+        sums = torch.stack([weights.sum(), loss_mask.sum()])
+        whole_weight, trained_weight = self.accelerator.gather(sums[None]).sum(dim=0)
         rewards, trained = self._rewards, int((loss_mask > 0).sum())
         metrics = tree_metrics(trees, self.tree_shape.branching, rewards.distinct, rewards.by_func, trained)
         self._starvation_watch.check(self._log_pooled(metrics), trained_weight)
@@ -299,19 +299,21 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             **output,
             "advantages": advantages,
             "tool_mask": loss_mask,
-            "num_items_in_batch": trained_weight,
+            "num_items_in_batch": whole_weight,
             "row": torch.arange(len(inputs), device=device),
         }
 
     def _assign_credit(self) -> list[ScoredTree]:
-        """Score each tree with the rewards of its leaves."""
-        scored_trees = []
-        for index, tree in enumerate(self._trees):
-            start = index * self.num_generations
-            leaves = slots(tree, self.tree_shape.branching)
-            leaf_rewards = dict(zip(leaves, self._rewards.total[start : start + len(leaves)], strict=True))
-            scored_trees.append(assign(tree, leaf_rewards, self.args.advantage_estimator, self.args.prune_threshold))
-        return scored_trees
+        """Score the trees of all processes with the rewards of their leaves."""
+        branching, process = self.tree_shape.branching, self.accelerator.process_index
+        return assign_batch(
+            self._trees,
+            leaf_rewards(self._trees, branching, self._rewards.total),
+            self.args.advantage_estimator,
+            self.args.prune_threshold,
+            rows_below=self.tree_shape.rows_below,
+            gather=lambda own: (gather_object(own), process * len(own)),  # all processes have equally many
+        )
 
     def _log_pooled(self, metrics: Metrics) -> dict[str, float]:
         """Log the metrics of all processes as one, and return them."""

@@ -22,7 +22,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -30,6 +29,8 @@ from transformers import (
 from ..tree import ROOT, Segment, Tree
 from .caches import check_forkable, fork, put_row_state, take_row_state
 from .options import options_of_segment
+from .score_norms import ScoreNorms
+from .stop_strings import StopStringWatcher
 from .trial import find_fault
 
 
@@ -75,6 +76,7 @@ class TransformersBackend:
         synced_gpus: Whether processes hold shards of one model, so that all must run it equally often. Each then makes
             as many calls a wave as the one with most, and each call lasts until all have finished theirs. Every
             process must bring the same number of trees.
+        with_score_norms: Whether segments get their `score_norm`.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class TransformersBackend:
         tokenizer: PreTrainedTokenizerBase | None = None,
         fork_caches: bool | None = None,
         synced_gpus: bool = False,
+        with_score_norms: bool = False,
     ):
         self.model = model
         self.generation_config = copy.deepcopy(generation_config)
@@ -97,6 +100,7 @@ class TransformersBackend:
         self.max_rows = max_rows
         self.fork_caches = fork_caches
         self.synced_gpus = synced_gpus
+        self.with_score_norms = with_score_norms
         # `generate` would stop at them without telling which rows stopped, so they are watched here.
         self.stop_strings = self.generation_config.stop_strings
         self.generation_config.stop_strings = None
@@ -187,21 +191,24 @@ class TransformersBackend:
         arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
         watcher = None
         if self.stop_strings is not None:
-            watcher = _StopStringWatcher(StopStringCriteria(self.tokenizer, self.stop_strings), input_ids)
+            watcher = StopStringWatcher(StopStringCriteria(self.tokenizer, self.stop_strings), input_ids)
             arguments["stopping_criteria"] = StoppingCriteriaList([watcher])
         generation_config = options_of_segment(
             self.generation_config, input_ids.size(1), block.num_sampled, max_tokens, is_last
         )
+        norms = [ScoreNorms(generation_config.temperature)] if self.with_score_norms else []
         with _explain_nan():
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=generation_config,
                 synced_gpus=self.synced_gpus,
-                logits_processor=self.logits_processors,
+                logits_processor=LogitsProcessorList([*self.logits_processors, *norms]),
                 **arguments,
             )
         drawn = self._cut(output[:, input_ids.size(1) :], watcher)
+        for watcher_of_norms in norms:
+            drawn = watcher_of_norms.attach(drawn, output)
         alive = [row for row, segment in enumerate(drawn) if not segment.ended]
         if is_last or not alive:
             return None, drawn
@@ -240,7 +247,7 @@ class TransformersBackend:
             synced_gpus=self.synced_gpus,
         )
 
-    def _cut(self, drawn_ids: Tensor, watcher: _StopStringWatcher | None) -> list[Segment]:
+    def _cut(self, drawn_ids: Tensor, watcher: StopStringWatcher | None) -> list[Segment]:
         """Cut each row after its first end-of-sequence token or stop string; the rest is padding."""
         is_end = torch.isin(drawn_ids, self.eos_token_ids.to(drawn_ids.device))
         if watcher is not None:
@@ -266,21 +273,6 @@ def _explain_nan() -> Iterator[None]:
             "comes of them in this precision, are inf or NaN. Go on from an earlier checkpoint, lower the learning "
             "rate, or use a dtype of more range"
         ) from error
-
-
-class _StopStringWatcher(StoppingCriteria):
-    """Stops where `criteria` does and remembers after how many new tokens each row stopped (0: it has not)."""
-
-    def __init__(self, criteria: StoppingCriteria, input_ids: Tensor):
-        self.criteria = criteria
-        self.prefix_length = input_ids.size(1)
-        self.num_tokens = torch.zeros(input_ids.size(0), dtype=torch.long, device=input_ids.device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        is_done = self.criteria(input_ids, scores, **kwargs)
-        is_first = is_done & (self.num_tokens == 0)
-        self.num_tokens[is_first] = input_ids.size(1) - self.prefix_length
-        return is_done
 
 
 def _first_children(

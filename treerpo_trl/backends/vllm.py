@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -135,9 +136,14 @@ class VLLMBackend:
         ids, logprobs = completion
         length = self._find_stop(path, ids)
         if length is not None:
-            return Segment(tuple(ids[:length]), ended=True, logprobs=tuple(logprobs[:length]))
+            return self._segment(ids[:length], True, logprobs[:length])
         ended = len(ids) < max_tokens or ids[-1] in self.end_token_ids
-        return Segment(tuple(ids), ended, tuple(logprobs))
+        return self._segment(ids, ended, logprobs)
+
+    def _segment(self, ids: Sequence[int], ended: bool, logprobs: Sequence[float]) -> Segment:
+        """Of the squared norm of a score, vLLM tells half at least: (1 - p)^2 of 1 - 2 p + sum_v p_v^2."""
+        norm = sum((1 - math.exp(logprob)) ** 2 for logprob in logprobs)
+        return Segment(tuple(ids), ended, tuple(logprobs), norm if math.isfinite(norm) else None)
 
     def _find_stop(self, path: Sequence[int], ids: Sequence[int]) -> int | None:
         """How many of `ids` it takes until the text of the completion contains a stop string, if it does."""

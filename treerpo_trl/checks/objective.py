@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ..credit import UNIT_INTERVAL_ESTIMATORS
+from .options import real_number
 
 
 def check_normalizer(config: Any) -> None:
@@ -31,7 +32,7 @@ def check_prune_threshold(config: Any) -> None:
     """Refuse a threshold that no group can exceed, so that nothing would ever be trained.
 
     Args:
-        config: A TreeRPOConfig whose numbers are checked.
+        config: A TreeRPOConfig, whose threshold is a number or None.
 
     Raises:
         ValueError: The threshold is infinite, or at least 1 with an estimator for rewards in [0, 1].
@@ -47,4 +48,27 @@ def check_prune_threshold(config: Any) -> None:
         raise ValueError(
             f"{what} with advantage_estimator='{estimator}', whose rewards lie in [0, 1], so nothing would be "
             f"trained. {fix}"
+        )
+
+
+def check_min_advantage(config: Any) -> None:
+    """Refuse a size that leaves out every token, or that would change how the loss is normalized.
+
+    Args:
+        config: A TreeRPOConfig.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is negative, NaN or infinite, or the loss is `bnpo`.
+    """
+    config.min_advantage = real_number("min_advantage", config.min_advantage)
+    if not 0 <= config.min_advantage < math.inf:
+        raise ValueError(
+            f"min_advantage is {config.min_advantage}; use 0 to train every token, or a positive number to leave out "
+            "tokens whose advantage is smaller"
+        )
+    if config.min_advantage > 0 and config.loss_type == "bnpo":
+        raise ValueError(
+            f"min_advantage={config.min_advantage} does not work with loss_type='bnpo', which is a mean over the "
+            "tokens that are left and so would grow with what is left out. Use loss_type='dapo'"
         )

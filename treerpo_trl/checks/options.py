@@ -51,7 +51,7 @@ def check_options(config: Any) -> None:
             setattr(config, name, whole_number(name, value))
     for name in FLAGS:
         setattr(config, name, _flag(name, getattr(config, name)))
-    if config.prune_threshold is not None:
+    if config.prune_threshold is not None:  # whether any group exceeds it is checked with the objective
         config.prune_threshold = real_number("prune_threshold", config.prune_threshold)
     _check_sampling(config)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from ..credit import ESTIMATORS
 from .options import whole_number
 
 
@@ -38,11 +41,7 @@ def derive_tree(config: Any) -> None:
             f"branching_factor {branching} has {len(branching)} numbers, but max_depth is {config.max_depth}; give "
             "one number for every depth, or one per depth"
         )
-    if min(branching) < 2:
-        raise ValueError(
-            f"branching_factor {branching} has a number below 2; an only child has no sibling to be compared "
-            "with, so its tokens would never be trained. Use 2 or more at every depth"
-        )
+    _check_branching(config, branching)
     config.branching_factor = branching
     leaves = math.prod(branching)
     if config.num_generations not in (None, leaves):
@@ -55,6 +54,18 @@ def derive_tree(config: Any) -> None:
     if config.max_frontier_rows < 1:
         raise ValueError(f"max_frontier_rows is {config.max_frontier_rows}; at least one row must be decoded")
     _derive_lengths(config, config.max_depth)
+
+
+def _check_branching(config: Any, branching: list[int]) -> None:
+    if min(branching) < 1:
+        raise ValueError(f"branching_factor {branching} has a number below 1; a node that goes on has children")
+    estimator = ESTIMATORS.get(config.advantage_estimator)
+    if min(branching) < 2 and (estimator is None or estimator.needs_siblings):
+        raise ValueError(
+            f"branching_factor {branching} has a number below 2, but advantage_estimator="
+            f"'{config.advantage_estimator}' compares the nodes of one tree, where an only child adds nothing new. "
+            "Use 2 or more at every depth, or advantage_estimator='optimal_baseline', which compares with other trees"
+        )
 
 
 def _whole_numbers(given: Any) -> list[int]:
@@ -146,3 +157,27 @@ def check_trees_fit(config: Any, steps_per_generation: int) -> None:
         f"leaves of a tree), but a whole tree lives on one process. Use {fix}, or "
         f"per_device_train_batch_size={leaves}"
     )
+
+
+@contextmanager
+def one_completion_allowed(config: Any) -> Iterator[None]:
+    """Have TRL resolve a configuration with one completion a prompt, which it refuses, as GRPO compares several.
+
+    Meanwhile all rows of a batch stand for one prompt.
+    """
+    if config.num_generations != 1:
+        yield
+        return
+    steps = config.steps_per_generation or config.gradient_accumulation_steps
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    config.num_generations = config.generation_batch_size or config.per_device_train_batch_size * steps * processes
+    if config.num_generations < 2:
+        config.num_generations = 1
+        raise ValueError(
+            f"per_device_train_batch_size ({config.per_device_train_batch_size}) x steps_per_generation ({steps}) = 1 "
+            "completion, which has nothing to be compared with. Raise per_device_train_batch_size, or "
+            "gradient_accumulation_steps, which steps_per_generation defaults to"
+        )
+    config.num_generations_eval = config.num_generations_eval or 1
+    yield
+    config.num_generations = 1

@@ -30,7 +30,7 @@ def print_tree(scored: ScoredTree, tokenizer: Tokenizer, console: Console | None
 def render_tree(scored: ScoredTree, tokenizer: Tokenizer) -> RichTree:
     """The prompt and below it every step: its value as a colour (red 0, green 1), its text, advantage and length.
 
-    Steps of pruned groups are dimmed; leaves end with their reward and final answer.
+    Steps that are not trained are dimmed; leaves end with their reward and final answer.
     """
     root = RichTree(
         Text.assemble(_text(scored, ROOT, tokenizer), "  ", _value(scored, ROOT), "  ", _length(scored, ROOT))
@@ -69,7 +69,7 @@ def _label(scored: ScoredTree, node: int, tokenizer: Tokenizer) -> Text:
     if scored.kept[node]:
         label.append(f"  A={scored.advantages[node]:+.2f}", style="bold")
     else:
-        label.append("  pruned", style="italic")
+        label.append("  no value" if scored.values[node] is None else "  pruned", style="italic")
         label.stylize("dim")
     label.append(f"  {_length(scored, node)}")
     if node in scored.rewards:

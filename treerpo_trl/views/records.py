@@ -36,12 +36,14 @@ TREE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "truncated": (pa.bool_(), "a leaf that did not end"),
     "value": (pa.float64(), "mean of the children's values, a leaf's reward; null if no leaf below was scored"),
     "group_mean": (pa.float64(), "mean value of the node's group, itself included; null at the prompt"),
-    "advantage": (pa.float64(), "advantage over the siblings; 0 if the group was pruned"),
-    "kept": (pa.bool_(), "whether the node is trained: it has a value and its group was not pruned"),
+    "advantage": (pa.float64(), "advantage, by the estimator of the run; 0 if the node is not trained"),
+    "kept": (pa.bool_(), "whether the node is trained: it has a value, and its group was not pruned"),
     "reward": (pa.float64(), "a leaf's weighted sum over the reward functions; null elsewhere or if unscorable"),
     "answer": (pa.string(), "a leaf's final answer, for display; null elsewhere"),
     "rows": (pa.int32(), "rows of the batch that pass through the node: leaves of the complete tree below its place"),
+    "score_norm": (pa.float64(), "squared norm of the score, summed over the tokens; null if it was not measured"),
 }
+ADDED_LATER = ("score_norm",)  # null in files that lack them
 SCHEMA = pa.schema([(name, data_type) for name, (data_type, _) in TREE_COLUMNS.items()])
 SUMMARY_KEY = b"treerpo_trl.summary"
 
@@ -105,6 +107,7 @@ def _node_records(scored: ScoredTree, tokenizer: Tokenizer, branching: Sequence[
                 "reward": scored.rewards.get(index),
                 "answer": leaf_answer(tree, index, tokenizer) if is_leaf else None,
                 "rows": math.prod(branching[depth:]),
+                "score_norm": node.score_norm,
             }
         )
     return records
@@ -138,6 +141,9 @@ def read_trees(path: str | Path) -> list[dict[str, Any]]:
     with _naming(path):
         table = pq.read_table(path)
     _check_columns(table.schema, path)
+    for name in ADDED_LATER:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table)))
     # What pandas or datasets wrote again has wider types.
     columns = [_cast(table, field, path) for field in SCHEMA]
     records: list[dict[str, Any]] = pa.table(columns, schema=SCHEMA).to_pylist()
@@ -184,7 +190,7 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 
 def _check_columns(schema: pa.Schema, path: str | Path) -> None:
-    missing = [name for name in SCHEMA.names if name not in schema.names]
+    missing = [name for name in SCHEMA.names if name not in (*schema.names, *ADDED_LATER)]
     unknown = [name for name in schema.names if name not in SCHEMA.names]
     if missing or unknown:
         raise ValueError(

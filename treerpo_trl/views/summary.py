@@ -21,7 +21,7 @@ class Summary:
         nodes: Number of nodes, prompts left out.
         leaves: Number of leaves.
         groups: Number of groups.
-        kept_groups: Groups that were not pruned.
+        kept_groups: Groups that are trained.
         mean_reward: Mean reward of the rows that have one; `None` if none has.
         mean_tokens: Mean completion length of the rows, in tokens; `None` if there are none.
     """
@@ -36,7 +36,7 @@ class Summary:
 
     @property
     def kept_share(self) -> float | None:
-        """Share of the groups that were not pruned; `None` if there are no groups."""
+        """Share of the groups that are trained; `None` if there are no groups."""
         return self.kept_groups / self.groups if self.groups else None
 
 

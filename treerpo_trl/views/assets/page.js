@@ -29,7 +29,7 @@ function onOutlineChange() {
   const visible = outline.visible().length - 1;
   byId("shown").textContent = `${visible} of ${count(filtered, "node")} unfolded`;
   byId("empty").hidden = !keptOnly || filtered > 0;
-  byId("empty").textContent = "Every group of this tree was pruned.";
+  byId("empty").textContent = "No group of this tree was kept.";
   for (const button of byId("depths").querySelectorAll("button")) {
     const reached = tree.nodes.filter((node) => node.depth <= button.dataset.depth && isShown(node, keptOnly));
     button.setAttribute("aria-pressed", String(visible === reached.length - 1 && reached.every((node) => outline.isVisible(node))));
@@ -108,7 +108,7 @@ function showReader(node) {
     Advantage: node.up && (node.kept ? signed(node.advantage) : "0 (not trained)"),
     "Group mean": node.up && number(node.group_mean, 4),
     "Group range": values.length ? number(Math.max(...values) - Math.min(...values), 4) : null,
-    Group: node.up && `of ${node.up.children.length}, ${node.up.groupKept ? "kept" : "pruned"}`,
+    Group: node.up && `of ${node.up.children.length}, ${node.up.groupKept ? "kept" : values.length ? "pruned" : "without values"}`,
     Reward: node.isLeaf ? (node.reward === null ? "none: no reward function scored it" : String(node.reward)) : null,
     Answer: node.answer && element("span", { className: "answer", textContent: oneLine(node.answer) }),
     Tokens: node.tokens.toLocaleString("en"),

@@ -119,7 +119,7 @@ function pathTo(node) {
 function fate(node) {
   if (node.up === null) return null;
   if (node.kept) return "kept";
-  return node.up.groupKept ? "no value" : "pruned";
+  return node.value === null ? "no value" : "pruned";
 }
 
 function ending(node) {

@@ -1,0 +1,85 @@
+"""A node against its tree: advantages from the values along its path and of the tree as a whole.
+
+Each function takes a tree with values and returns an advantage for each node; that of the root, and of nodes without a
+value, is 0. What "unbiased" means stands in `siblings`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import fmean
+
+from .values import ValuedTree
+
+
+def tree_mean(tree: ValuedTree) -> list[float]:
+    """A(c) = V(c) - mean reward of the leaves that are not below c: the root's value, without c's own share.
+
+    Unbiased at every depth. A node that has all leaves below it is compared with nothing, so it gets 0.
+    """
+    total, counts = leaf_sums(tree)
+    outside = [(total[0] - own, counts[0] - count) for own, count in zip(total, counts, strict=True)]
+    return _of_valued(tree, lambda c: tree.value(c) - outside[c][0] / outside[c][1] if outside[c][1] else 0.0)
+
+
+def parent(tree: ValuedTree) -> list[float]:
+    """A(c) = V(c) - V(p(c)), p(c) the parent: the segment advantage of SPO-tree (arXiv:2505.23564).
+
+    Unbiased: that V(p(c)) holds a share of V(c) only scales the expectation by (N - 1) / N, N siblings.
+    """
+    return _of_valued(tree, lambda c: tree.value(c) - tree.value(tree.parents[c]))
+
+
+def treerl(tree: ValuedTree) -> list[float]:
+    """A(c) = sqrt(n(c)) ((V(c) - V(root)) + (V(c) - V(p(c)))), n(c) leaves below c: TreeRL (arXiv:2506.11902).
+
+    TreeRL divides by the root of n(c) and trains a shared step once for every leaf below it; here each node is trained
+    once, so it is multiplied. Its code differs from its paper: it scales values before it takes differences, counts
+    only the leaves selected for training, and gives -1 to responses that did not end. Biased where branches end early,
+    as n(c) depends on what c drew: cosines 0.995 and 0.994 (see `siblings`).
+    """
+    _, counts = leaf_sums(tree)
+    return _of_valued(
+        tree, lambda c: math.sqrt(counts[c]) * (2 * tree.value(c) - tree.value(0) - tree.value(tree.parents[c]))
+    )
+
+
+def treepo(tree: ValuedTree) -> list[float]:
+    """A(c) = n(c) mean over the ancestors g of c's leaves of (V(c) - V(g)): TreePO (arXiv:2508.17445), eq. 5.
+
+    TreePO gives a trajectory with reward R the mean over its ancestors (the leaf left out) of R - V(g), and trains a
+    shared step once for every leaf below it. Summed over the leaves below c this is what stands here: terms of
+    ancestors at or below c cancel out. Its code takes off the mean over all tokens and divides by their standard
+    deviation; here advantages are divided by their root mean square over the batch. Biased where branches end early,
+    as n(c) depends on what c drew: cosines 0.995 and 0.993 (see `siblings`).
+    """
+    totals, counts = leaf_sums(tree)
+    advantages = [0.0] * len(tree.parents)
+    for leaf, reward in tree.rewards.items():
+        if reward is None:
+            continue
+        path = [leaf]
+        while path[-1] != 0:
+            path.append(tree.parents[path[-1]])
+        ancestors = path[1:]
+        advantage = fmean(reward - totals[g] / counts[g] for g in ancestors)
+        for node in path[:-1]:
+            advantages[node] += advantage
+    return advantages
+
+
+def leaf_sums(tree: ValuedTree) -> tuple[list[float], list[int]]:
+    """[N] sum of the rewards of the scored leaves at or below each node, [N] how many they are."""
+    totals, counts = [0.0] * len(tree.parents), [0] * len(tree.parents)
+    for leaf, reward in tree.rewards.items():
+        if reward is not None:
+            totals[leaf], counts[leaf] = reward, 1
+    for node in range(len(tree.parents) - 1, 0, -1):
+        totals[tree.parents[node]] += totals[node]
+        counts[tree.parents[node]] += counts[node]
+    return totals, counts
+
+
+def _of_valued(tree: ValuedTree, advantage: Callable[[int], float]) -> list[float]:
+    return [0.0 if node == 0 or tree.values[node] is None else advantage(node) for node in range(len(tree.parents))]
