@@ -14,6 +14,7 @@ operations and solutions of at most `MAX_SOLUTION_TOKENS`; other lengths are for
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,3 +146,30 @@ def make_demonstrations(
 def correctness_reward(completions: list[str], answer: list[str], **kwargs) -> list[float]:
     """TRL reward function: 1.0 if the text ends with the right `#answer`, else 0.0."""
     return [float(text.split("\n")[-1] == f"#{gold}") for text, gold in zip(completions, answer, strict=True)]
+
+
+def right_lines_reward(prompts: list[str], completions: list[str], **kwargs) -> list[float]:
+    """TRL reward function, graded: the share of the problem's operations whose line is right.
+
+    A line is right if it goes on from the result above it, applies the problem's operation and has the right result
+    for that. So a slip costs one line, not all below it.
+    """
+    return [_share_of_right_lines(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def _share_of_right_lines(prompt: str, text: str) -> float:
+    value, operations = parse_prompt(prompt)
+    lines, right = text.split("\n"), 0
+    for operation, line in zip(operations, lines, strict=False):
+        right += line == f"{value}{operation[0]}{operation[1]}={apply_operation(value, operation)}"
+        result = line.rpartition("=")[2]
+        if not result.isdecimal() or int(result) >= MODULUS:
+            break  # nothing to go on from
+        value = int(result)
+    return right / len(operations)
+
+
+def parse_prompt(prompt: str) -> tuple[int, list[Operation]]:
+    """Start and operations of a problem, as [`format_prompt`] wrote it."""
+    start, *rest = re.findall(r"(^|[-+*])(\d+)", prompt)
+    return int(start[1]), [(symbol, int(number)) for symbol, number in rest]

@@ -122,13 +122,18 @@ def main() -> None:
     parser.add_argument("--task", choices=list(TASKS), default="chain_arithmetic", help="a built-in task")
     parser.add_argument("--models_dir", type=Path, default=Path("compare-output/base_models"), help="made base models")
     parser.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2, 2, 2], help="TreeRPO: by depth")
+    parser.add_argument("--advantage_estimator", default="treerpo", help="TreeRPO: a name of TreeRPOConfig's")
     parser.add_argument("--num_generations", type=int, default=8, help="GRPO: completions a prompt")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the policy: higher, and less is right")
     parser.add_argument("--per_step", type=float, default=4000, help="sampled tokens a batch")
     parser.add_argument("--num_batches", type=int, default=48, help="batches of each method, all in memory")
     args = parser.parse_args()
     workload = built_in(args.task, args.models_dir, temperature=args.temperature)
-    tree = Method(f"treerpo-{'x'.join(map(str, args.branching_factor))}", tuple(args.branching_factor))
+    tree = Method(
+        f"treerpo-{'x'.join(map(str, args.branching_factor))}-{args.advantage_estimator}",
+        tuple(args.branching_factor),
+        options={"advantage_estimator": args.advantage_estimator},
+    )
     flat = Method(f"grpo-{args.num_generations}", (), args.num_generations)
     print(json.dumps(measure_snr(workload, [tree], flat, args.per_step, args.num_batches)[0]))
 

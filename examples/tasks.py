@@ -39,7 +39,7 @@ class Task:
     Args:
         base: Name of its base model in `BASE_MODELS`.
         make_dataset: (number of problems, seed, whether from the held-out split) -> problems.
-        reward_func: TRL reward function, 1.0 or 0.0.
+        reward_func: TRL reward function, 1.0 or 0.0; of graded tasks anything between.
         max_solution_tokens: Tokens of the longest solution, EOS included.
     """
 
@@ -49,11 +49,15 @@ class Task:
     max_solution_tokens: int
 
 
-def _chains(min_operations: int, max_operations: int) -> Task:
+def _chains(
+    min_operations: int,
+    max_operations: int,
+    reward_func: Callable[..., list[float]] = chain_arithmetic.correctness_reward,
+) -> Task:
     return Task(
         base="long_chains",
         make_dataset=partial(chain_arithmetic.make_dataset, num_operations=(min_operations, max_operations)),
-        reward_func=chain_arithmetic.correctness_reward,
+        reward_func=reward_func,
         max_solution_tokens=chain_arithmetic.max_solution_tokens(max_operations),
     )
 
@@ -99,4 +103,5 @@ TASKS = {
     "chains_of_2": _chains(2, 2),
     "chains_of_4": _chains(4, 4),
     "chains_of_8": _chains(8, 8),
+    "graded_chains_of_8": _chains(8, 8, chain_arithmetic.right_lines_reward),
 }

@@ -138,3 +138,28 @@ def test_shipped_base_model_knows_the_task_but_slips():
     assert greedy.pass_at_1 > 0.7
     assert 0.15 < sampled.pass_at_1 < 0.45
     assert greedy.truncated < 0.1
+
+
+def test_the_graded_reward_counts_right_lines_and_forgives_what_goes_on_from_a_slip():
+    prompt = "3*9-5+6?\n"
+    assert task.parse_prompt(prompt) == (3, [("*", 9), ("-", 5), ("+", 6)])
+    solutions = {
+        "3*9=27\n27-5=22\n22+6=28\n#28": 1,
+        "3*9=28\n28-5=23\n23+6=29\n#29": 2 / 3,  # one slip
+        "3*9=27\n27-5=22\n23+6=29\n#29": 2 / 3,  # does not go on from the line above
+        "3*9=27\n27-4=23\n23+6=29\n#29": 2 / 3,  # another operation than the problem's
+        "3*9=27\n27-5=22": 2 / 3,
+        "3*9=\n": 0,
+        "3*9=127\n127-5=22": 0,
+        "": 0,
+    }
+    rewards = task.right_lines_reward([prompt] * len(solutions), list(solutions))
+    assert rewards == pytest.approx(list(solutions.values()))
+
+
+@pytest.mark.parametrize("error_rate", [0.0, 0.5])
+def test_the_graded_reward_is_one_for_solutions_without_a_slip_alone(error_rate):
+    rows = task.make_demonstrations([error_rate] * 50, seed=1)
+    rewards = task.right_lines_reward(rows["prompt"], rows["completion"])
+    assert all(0 <= reward <= 1 for reward in rewards)
+    assert all(reward == 1 for reward in rewards) == (error_rate == 0)
