@@ -25,8 +25,8 @@ from benchmark_speed import EOS_TOKEN_ID, VOCABULARY_SIZE, make_model, make_toke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from treerpo_trl.backends import VLLMBackend
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth.backends import VLLMBackend
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,7 +12,7 @@ from typing import Any
 
 from compare_workload import Workload
 
-from treerpo_trl.sampling import TreeShape
+from treerpo_trl.growth import TreeShape
 
 
 BUDGETS = ("tokens", "leaves", "seconds")

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from treerpo_trl import Tree, TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.sampling import grow
+from treerpo_trl.growth import grow
 from treerpo_trl.tree import ROOT
 
 

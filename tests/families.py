@@ -45,8 +45,8 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
+from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.rows import slots
-from treerpo_trl.sampling import TreeShape, grow
 
 
 TEMPERATURE = 0.7

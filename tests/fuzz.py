@@ -36,7 +36,7 @@ from transformers import Qwen2ForCausalLM
 
 from treerpo_trl import Tree, TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.credit import ESTIMATORS, UNIT_INTERVAL_ESTIMATORS
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.tree import Segment
 
 

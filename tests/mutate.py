@@ -40,7 +40,7 @@ TESTS_OF = {
     "credit.estimators": ["test_credit.py", "test_credit_paths.py"],
     "credit.assign": ["test_credit.py", "test_credit_paths.py", "test_credit_baseline.py"],
     "rows": ["test_rows.py"],
-    "sampling": ["test_sampling.py", "test_rows.py"],
+    "growth.waves": ["test_sampling.py", "test_rows.py"],
     "prefix_sharing.attention": PACKED,
     "prefix_sharing.forward": PACKED,
     "prefix_sharing.layout": PACKED,
@@ -92,7 +92,7 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "lay_out: …en for node in nodes] + [False] * missing)  ->  …en for node in nodes] + [True] * missing)",
         ],
     },
-    "sampling": {
+    "growth.waves": {
         "both are made of equal length; the check is for readers": [
             "grow: …up in zip(trees, children, strict=True)]  ->  …up in zip(trees, children)]",
             "grow: …(trees, children, strict=True)]  ->  …(trees, children, strict=False)]",

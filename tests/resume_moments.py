@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 from trl.trainer import grpo_trainer
 
 from treerpo_trl import resuming
-from treerpo_trl.backends import TransformersBackend
+from treerpo_trl.growth.backends import TransformersBackend
 
 
 FAULT = {"kind": "SIGKILL", "folder": "."}

@@ -30,7 +30,7 @@ from datasets import Dataset
 from transformers import Cache, Qwen2ForCausalLM, TrainerCallback
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.sampling import TreeShape
+from treerpo_trl.growth import TreeShape
 
 
 # Trees of 8 leaves, as all rows of a prompt have to be there, and of 12 tokens.

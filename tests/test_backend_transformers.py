@@ -15,8 +15,8 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from treerpo_trl.backends import TransformersBackend
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth.backends import TransformersBackend
 from treerpo_trl.tree import ROOT, Tree
 
 

@@ -15,8 +15,8 @@ from datasets import Dataset
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from treerpo_trl import Tree, TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.backends import TransformersBackend, VLLMBackend, find_context_length
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth.backends import TransformersBackend, VLLMBackend, find_context_length
 from treerpo_trl.tree import ROOT
 
 

@@ -10,8 +10,8 @@ from transformers import Cache, DynamicCache, GenerationConfig, GPT2Config, GPT2
 from transformers.cache_utils import DynamicLayer
 
 from treerpo_trl import TreeRPOTrainer
-from treerpo_trl.backends import TransformersBackend, caches, transformers, trial
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth.backends import TransformersBackend, caches, transformers, trial
 
 
 PROMPTS = [[5, 6, 7, 8, 9, 11], [10, 3]]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.tree import Segment
 
 

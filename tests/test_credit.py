@@ -26,7 +26,7 @@ from treerpo_trl.credit import (
     leave_one_out,
     treerpo,
 )
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.tree import NO_PARENT, ROOT, Segment, Tree
 
 

@@ -14,7 +14,7 @@ from test_credit_paths import two_by_two, uneven
 
 from treerpo_trl.credit import ValuedTree, assign_batch, optimal_baseline
 from treerpo_trl.credit.baseline import RIDGE, _without_each, fit_baselines
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.tree import ROOT, Segment, Tree
 
 

@@ -18,10 +18,10 @@ from transformers import Qwen2ForCausalLM
 from trl import TrlParser
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.backends import VLLMBackend
-from treerpo_trl.backends.vllm import _Completion
 from treerpo_trl.compatibility import UNSCALED_ESTIMATORS
 from treerpo_trl.credit import ESTIMATORS, assign_batch
+from treerpo_trl.growth.backends import VLLMBackend
+from treerpo_trl.growth.backends.vllm import _Completion
 from treerpo_trl.reporting.starvation import StarvationWatch
 from treerpo_trl.tree import ROOT, Segment, Tree
 from treerpo_trl.views import print_tree, read_trees, tree_records

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from plain_credit import OF_TREE
 
-from treerpo_trl.sampling import TreeShape
+from treerpo_trl.growth import TreeShape
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from test_trainer import train
 from transformers import GenerationConfig, Qwen2ForCausalLM, SynthIDTextWatermarkingConfig
 
 from treerpo_trl import TreeRPOTrainer
-from treerpo_trl.backends import TransformersBackend
 from treerpo_trl.checks import generation_options as options
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth.backends import TransformersBackend
 
 
 SHAPE = TreeShape((2, 2, 2), 4, 12)

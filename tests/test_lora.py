@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from trl.trainer.utils import add_fused_lm_head
 
 from treerpo_trl import TreeRPOTrainer
-from treerpo_trl.backends import TransformersBackend
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth.backends import TransformersBackend
 
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -27,7 +27,7 @@ from trl import GRPOConfig, TrlParser
 from trl.scripts import grpo
 
 from treerpo_trl import TreeRPOConfig
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.tree import Segment
 
 

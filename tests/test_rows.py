@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treerpo_trl.credit import assign
+from treerpo_trl.growth import grow
 from treerpo_trl.rows import (
     LOSS_WEIGHTINGS,
     NO_NODE,
@@ -21,7 +22,6 @@ from treerpo_trl.rows import (
     shuffle_micro_batches,
     slots,
 )
-from treerpo_trl.sampling import grow
 from treerpo_trl.tree import ROOT, Segment, Tree
 
 

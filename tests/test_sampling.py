@@ -7,7 +7,7 @@ from conftest import RandomBackend, forests, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treerpo_trl.sampling import TreeShape, grow, plan_wave
+from treerpo_trl.growth import TreeShape, grow, plan_wave
 from treerpo_trl.tree import ROOT, Segment, Tree
 
 

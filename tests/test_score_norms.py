@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from treerpo_trl.backends import TransformersBackend
-from treerpo_trl.backends.score_norms import ScoreNorms
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth.backends import TransformersBackend
+from treerpo_trl.growth.backends.score_norms import ScoreNorms
 from treerpo_trl.tree import Segment, Tree
 
 

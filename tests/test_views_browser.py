@@ -7,7 +7,7 @@ import pytest
 from browser import choose_prompt, facts, item, names, open_browser, selected, sync_api, visit, watched_page
 from view_trees import LONG, example_records, random_records
 
-from treerpo_trl.sampling import TreeShape
+from treerpo_trl.growth import TreeShape
 from treerpo_trl.views import write_page
 
 

@@ -10,7 +10,7 @@ import pytest
 from browser import LOW_CONTRAST, item, open_browser, sync_api, visit, watched_page
 from view_trees import HOSTILE, example_records, random_records
 
-from treerpo_trl.sampling import TreeShape
+from treerpo_trl.growth import TreeShape
 from treerpo_trl.views import write_page, write_trees
 from treerpo_trl.views.files import step_path
 from treerpo_trl.views.index import refresh

@@ -20,8 +20,8 @@ from conftest import EOS, VLLM_SHAPE, free_port
 from transformers import GenerationConfig
 from vllm_server_run import to_json
 
-from treerpo_trl.backends import TransformersBackend
-from treerpo_trl.sampling import grow
+from treerpo_trl.growth import grow
+from treerpo_trl.growth.backends import TransformersBackend
 
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm makes an environment that has it")

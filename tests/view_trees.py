@@ -6,7 +6,7 @@ from conftest import forests, leaf_rewards
 from hypothesis import strategies as st
 
 from treerpo_trl.credit import ScoredTree, assign
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.tree import ROOT, Segment, Tree
 from treerpo_trl.views import tree_records
 

@@ -15,8 +15,8 @@ from datasets import Dataset
 from trl.generation.vllm_client import VLLMClient
 
 from treerpo_trl import Tree, TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.backends import VLLMBackend
-from treerpo_trl.sampling import TreeShape, grow
+from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth.backends import VLLMBackend
 
 
 RANK = int(os.environ.get("RANK", "0"))

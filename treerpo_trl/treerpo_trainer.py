@@ -17,10 +17,11 @@ from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id, print_prompt_completions_sample
 
 from .adapters import check_adapter, check_quantization, prepare_adapter
-from .backends import TransformersBackend, VLLMBackend, find_context_length
 from .callbacks import TreeLoggingCallback
 from .checks.generation_options import check_generation_options, options_on_trees
 from .credit import ESTIMATORS, ScoredTree, assign_batch
+from .growth import TreeShape, grow
+from .growth.backends import TransformersBackend, VLLMBackend, find_context_length
 from .metrics import Metrics, pool, step_metrics, tree_metrics
 from .model_card import PAPER, write_model_card
 from .numerics import GradientGuard
@@ -37,7 +38,6 @@ from .rows import (
     shuffle_micro_batches,
     slots,
 )
-from .sampling import TreeShape, grow
 from .scoring import DistinctRows, RowRewards, check_rewards, score_once
 from .timing import PhaseTimer, timed
 from .tree import Tree

@@ -40,7 +40,7 @@ RIGHT = {
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens"),
     *("renormalize_logits", "remove_invalid_values", "min_length", "forced_bos_token_id", "stop_strings"),
     *("watermarking_config", "pad_token_id", "bos_token_id", "eos_token_id"),
-    # Counted from the start, or to the end, of the completion: see backends/options.py.
+    # Counted from the start, or to the end, of the completion: see growth/backends/options.py.
     *("min_new_tokens", "begin_suppress_tokens", "forced_eos_token_id", "exponential_decay_length_penalty"),
     # Without effect where an only row is sampled from a decoder, as in GRPO.
     *("early_stopping", "length_penalty", "decoder_start_token_id", "compile_config", "continuous_batching_config"),

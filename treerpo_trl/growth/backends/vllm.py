@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase
 
-from ..tree import Segment, Tree
+from ...tree import Segment, Tree
 
 
 # A server takes these from its model's generation config, and would count the tokens of one segment, not of its path.
@@ -87,7 +87,7 @@ class VLLMBackend:
         max_tokens: int,
         is_last: bool,
     ) -> list[list[Segment]]:
-        """See [`~treerpo_trl.sampling.Backend`]."""
+        """See [`~treerpo_trl.growth.Backend`]."""
         paths = [trees[tree_index].completion_ids(node_index) for tree_index, node_index in branches]
         prefixes = [
             [*trees[tree_index].prompt_ids, *path] for (tree_index, _), path in zip(branches, paths, strict=True)

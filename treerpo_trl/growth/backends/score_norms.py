@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from ..tree import Segment
+from ...tree import Segment
 
 
 class ScoreNorms(LogitsProcessor):

@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
-from ..sampling import TreeShape, grow
+from ..waves import TreeShape, grow
 from .caches import ROW_STATE, CannotForkError
 
 
@@ -33,7 +33,8 @@ def find_fault(backend: Any, prompts: Sequence[Sequence[int]]) -> str | None:
     along given tokens, as a tie would let the best ones part. Processes that share a model decide alike.
 
     Args:
-        backend: A [`~treerpo_trl.backends.TransformersBackend`]; the random state and its model are left as found.
+        backend: A [`~treerpo_trl.growth.backends.TransformersBackend`]; the random state and its model are left as
+            found.
         prompts: Token ids of real prompts, of which the trial's are made.
     """
     fault, difference = None, 0.0

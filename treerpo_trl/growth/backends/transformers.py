@@ -26,7 +26,7 @@ from transformers import (
     StopStringCriteria,
 )
 
-from ..tree import ROOT, Segment, Tree
+from ...tree import ROOT, Segment, Tree
 from .caches import check_forkable, fork, put_row_state, take_row_state
 from .options import options_of_segment
 from .score_norms import ScoreNorms
@@ -61,7 +61,7 @@ class TransformersBackend:
     computed by each child, and that of a leaf never: in all, a tree costs one position per sampled token, plus the
     prompt but its last token.
 
-    One backend serves one call of [`~treerpo_trl.sampling.grow`].
+    One backend serves one call of [`~treerpo_trl.growth.grow`].
 
     Args:
         model: A causal language model.
@@ -115,7 +115,7 @@ class TransformersBackend:
         max_tokens: int,
         is_last: bool,
     ) -> list[list[Segment]]:
-        """See [`~treerpo_trl.sampling.Backend`]."""
+        """See [`~treerpo_trl.growth.Backend`]."""
         if self.fork_caches is None:
             self.fork_caches = self._can_fork([tree.prompt_ids for tree in trees])
         roots = [branch for branch in branches if branch[1] == ROOT]

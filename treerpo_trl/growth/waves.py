@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .tree import Segment, Tree
+from ..tree import Segment, Tree
 
 
 @dataclass(frozen=True, slots=True)
