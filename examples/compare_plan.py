@@ -97,9 +97,9 @@ def expected_tokens(shape: TreeShape, lengths: Sequence[int]) -> float:
     Exact for any policy, because every path of the tree is a sample from it.
     """
     total, num_nodes, start = 0.0, 1, 0
-    for depth, factor in enumerate(shape.branching, start=1):
+    for factor in shape.branching:
         num_nodes *= factor
-        size = shape.max_tokens(depth)
+        size = min(shape.segment_length, shape.max_completion_length - start)
         total += num_nodes * fmean(min(max(length - start, 0), size) for length in lengths)
         start += size
     return total

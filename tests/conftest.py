@@ -5,6 +5,7 @@ import random
 import socket
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from treerpo_trl import TreeRPOConfig
-from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth import Delimiters, ForkShape, Shape, TreeShape, grow
 from treerpo_trl.tree import Segment, Tree
 
 
@@ -198,19 +199,22 @@ def coin_reward(completions, **kwargs) -> list[float]:
 
 
 class RandomBackend:
-    """Segments from a random generator: some end, some are full, some are cut short."""
+    """Segments from a random generator: some end, some are full, some are cut short (`short_probability`)."""
 
-    def __init__(self, seed: int, end_probability: float):
+    def __init__(self, seed: int, end_probability: float, short_probability: float = 0.1):
         self.random = random.Random(seed)
         self.end_probability = end_probability
+        self.short_probability = short_probability
 
-    def extend(self, trees, branches, num_children, max_tokens, is_last) -> list[list[Segment]]:
-        return [[self._draw(max_tokens) for _ in range(num_children)] for _ in branches]
+    def extend(self, trees, wave) -> list[list[Segment]]:
+        return [[self._draw(most) for _ in range(wave.num_children)] for most in wave.max_tokens]
 
     def _draw(self, max_tokens: int) -> Segment:
         ended = self.random.random() < self.end_probability
-        length = self.random.randint(1, max_tokens) if ended or self.random.random() < 0.1 else max_tokens
-        return Segment(tuple(self.random.randint(2, 9) for _ in range(length)), ended)
+        is_short = ended or self.random.random() < self.short_probability
+        length = self.random.randint(1, max_tokens) if is_short else max_tokens
+        ids = tuple(self.random.randint(2, 9) for _ in range(length))
+        return Segment(ids, ended, uncertainties=tuple(float(token % 5) for token in ids))
 
 
 @st.composite
@@ -227,6 +231,30 @@ def forests(draw, min_branching: int = 2, most: int = 3) -> tuple[TreeShape, lis
     shape = draw(shapes(min_branching=min_branching))
     prompts = draw(st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=3), min_size=1, max_size=most))
     backend = RandomBackend(draw(st.integers(0, 10_000)), draw(st.sampled_from([0.0, 0.2, 0.6, 1.0])))
+    return shape, grow(prompts, shape, backend)
+
+
+@st.composite
+def fork_shapes(draw) -> ForkShape:
+    trunks, forks, width, rounds = (draw(st.integers(1, most)) for most in (2, 3, 2, 2))
+    return ForkShape(trunks, forks, width, rounds, draw(st.integers(1, 2)), draw(st.integers(1, 9)))
+
+
+@st.composite
+def delimited_shapes(draw) -> TreeShape:
+    """Segments end anywhere; a path may be full above depth D."""
+    shape = draw(shapes())
+    return replace(shape, max_completion_length=draw(st.integers(1, 12)), delimiters=Delimiters(("\n",), 1))
+
+
+@st.composite
+def any_forests(draw, most: int = 3) -> tuple[Shape, list[Tree]]:
+    """A shape of any split rule and one to three (`most`) random trees grown to it."""
+    shape = draw(st.one_of(shapes(), delimited_shapes(), fork_shapes()))
+    prompts = draw(st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=3), min_size=1, max_size=most))
+    is_even = isinstance(shape, TreeShape) and shape.delimiters is None
+    ends, short = draw(st.sampled_from([0.0, 0.2, 0.6])), 0.1 if is_even else 0.7
+    backend = RandomBackend(draw(st.integers(0, 10_000)), ends, short)
     return shape, grow(prompts, shape, backend)
 
 

@@ -116,7 +116,9 @@ class GivenTrees(RecordingTrainer):
             trees += grow([prompt], self.tree_shape, backend)
         return [
             Tree(
-                tuple(replace(node, score_norm=sum(node.token_ids) / (1 + place)) for place, node in enumerate(nodes))
+                tuple(
+                    replace(node, score_norms=(sum(node.token_ids) / (1 + place),)) for place, node in enumerate(nodes)
+                )
             )
             for nodes in (tree.nodes for tree in trees)
         ]

@@ -98,7 +98,7 @@ def _tree(children: tuple[Branch, ...], policy: Policy) -> Tree:
             for token, below in group:
                 norm = float(np.square(policy.score((*path, token))[path]).sum())
                 is_end = token == policy.num_tokens - 1
-                segments.setdefault(parent, []).append(Segment((token,), is_end, score_norm=norm))
+                segments.setdefault(parent, []).append(Segment((token,), is_end, score_norms=(norm,)))
                 following.append((place, (*path, token), below))
                 place += 1
         tree = tree.grow(segments) if segments else tree

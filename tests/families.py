@@ -46,7 +46,6 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from treerpo_trl.growth import TreeShape, grow
-from treerpo_trl.rows import slots
 
 
 TEMPERATURE = 0.7
@@ -213,9 +212,7 @@ def random_rows(seed: int, needed: str = "all", shuffled: bool = False) -> Rows:
     shape = TreeShape(branching, segment_length, len(branching) * segment_length - draw.randrange(segment_length))
     prompts = [[draw.randint(2, 9) for _ in range(draw.randint(1, 7))] for _ in range(draw.randint(1, 3))]
     trees = grow(prompts, shape, RandomBackend(seed, draw.choice([0.0, 0.2, 0.6])))
-    rows = [
-        (list(tree.prompt_ids), list(tree.completion_ids(leaf))) for tree in trees for leaf in slots(tree, branching)
-    ]
+    rows = [(list(tree.prompt_ids), list(tree.completion_ids(leaf))) for tree in trees for leaf in shape.slots(tree)]
     if shuffled:
         draw.shuffle(rows)
     torch.manual_seed(seed)

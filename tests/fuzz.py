@@ -151,8 +151,8 @@ class RandomSegments:
     def __init__(self, draw: random.Random, end_probability: float):
         self.draw, self.end_probability = draw, end_probability
 
-    def extend(self, trees, branches, num_children, max_tokens, is_last) -> list[list[Segment]]:
-        return [[self._segment(max_tokens) for _ in range(num_children)] for _ in branches]
+    def extend(self, trees, wave) -> list[list[Segment]]:
+        return [[self._segment(most) for _ in range(wave.num_children)] for most in wave.max_tokens]
 
     def _segment(self, max_tokens: int) -> Segment:
         ended = self.draw.random() < self.end_probability
@@ -227,7 +227,7 @@ def check(case: Case) -> Outcome:
 
 def with_score_norms(model: Qwen2ForCausalLM, tree: Tree, temperature: float) -> Tree:
     """The tree, each node with 1 - 2 p + sum p^2 of its tokens by the model's own probabilities."""
-    norms: dict[int, float] = {}
+    norms: dict[int, tuple[float, ...]] = {}
     for leaf in tree.leaves:
         ids = torch.tensor([[*tree.prompt_ids, *tree.completion_ids(leaf)]])
         probs = (model(input_ids=ids).logits[0, :-1].double() / temperature).softmax(-1)
@@ -235,8 +235,8 @@ def with_score_norms(model: Qwen2ForCausalLM, tree: Tree, temperature: float) ->
         each, start = 1 - 2 * drawn + probs.square().sum(-1), len(tree.prompt_ids) - 1
         for node in tree.path(leaf):
             end = start + len(tree.nodes[node].token_ids)
-            norms[node], start = each[start:end].sum().item(), end
-    return Tree(tuple(replace(node, score_norm=norms.get(index)) for index, node in enumerate(tree.nodes)))
+            norms[node], start = tuple(each[start:end].tolist()), end
+    return Tree(tuple(replace(node, score_norms=norms.get(index)) for index, node in enumerate(tree.nodes)))
 
 
 def make_trainer(case: Case, tokenizer: Any, prompts: list[str], parts: Any) -> GivenTrees:

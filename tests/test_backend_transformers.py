@@ -15,7 +15,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth import TreeShape, Wave, grow
 from treerpo_trl.growth.backends import TransformersBackend
 from treerpo_trl.tree import ROOT, Tree
 
@@ -124,7 +124,7 @@ def test_rows_that_ended_are_let_go(model):
     torch.manual_seed(0)
     with torch.no_grad():
         tree = Tree.from_prompt(PROMPTS[0])
-        (segments,) = backend.extend([tree], [(0, ROOT)], 16, 6, is_last=False)
+        (segments,) = backend.extend([tree], Wave(((0, ROOT),), 16, (6,), is_last=False))
     alive = sum(not segment.ended for segment in segments)
     assert 0 < alive < 16
     (block, _), *_ = backend._places.values()

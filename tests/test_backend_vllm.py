@@ -81,8 +81,9 @@ def check_laws(tree: Tree, shape: TreeShape) -> None:
         assert node.ended == (node.token_ids[-1] == EOS)
         assert EOS not in node.token_ids[:-1]
         assert len(node.token_ids) == len(node.logprobs)
-        assert node.ended or len(node.token_ids) == shape.max_tokens(depth)
-        assert len(node.token_ids) <= shape.max_tokens(depth)
+        most = min(shape.segment_length, shape.max_completion_length - tree.lengths[node.parent])
+        assert len(node.token_ids) <= most
+        assert node.ended or len(node.token_ids) == most
 
 
 def test_trees_obey_the_laws_of_trees(generation):

@@ -40,8 +40,8 @@ class CoinBackend:
     def __init__(self, seed):
         self.rng = random.Random(seed)
 
-    def extend(self, trees, branches, num_children, max_tokens, is_last):
-        return [[self.segment(max_tokens) for _ in range(num_children)] for _ in branches]
+    def extend(self, trees, wave):
+        return [[self.segment(most) for _ in range(wave.num_children)] for most in wave.max_tokens]
 
     def segment(self, max_tokens):
         for length in range(1, max_tokens + 1):

@@ -23,6 +23,11 @@ def weighted(tree: Tree, rewards, norms=None) -> ValuedTree:
     return valued if norms is None else replace(valued, score_norms=tuple(map(float, (0, *norms))))
 
 
+def with_rows(forest, below) -> list[ValuedTree]:
+    """The trees, with the number of rows below a node given by depth."""
+    return [replace(tree, rows=tuple(below[depth] for depth in tree.depths)) for tree in forest]
+
+
 def flat(rewards, norms) -> ValuedTree:
     """Leaves right below the root."""
     tree = Tree.from_prompt([0]).grow({ROOT: [Segment((1,), True)] * len(rewards)})
@@ -40,7 +45,7 @@ def test_golden_weighted_means_of_the_other_tree():
         weighted(two_by_two(), [1.0, 0.0, 0.0, 1.0], [1] * 6),
         weighted(two_by_two(), [1.0, 1.0, 0.0, 1.0], [1, 3, 1, 1, 4, 1]),
     ]
-    first, second = optimal_baseline(trees, [4, 2, 1])
+    first, second = optimal_baseline(with_rows(trees, [4, 2, 1]))
     assert first == pytest.approx([0, *[sqrt(2) * -0.125] * 2, 4 / 7, -3 / 7, -3 / 7, 4 / 7])
     assert second == pytest.approx([0, sqrt(2) * 0.5, 0, 0.5, 0.5, -0.5, 0.5])
 
@@ -48,7 +53,7 @@ def test_golden_weighted_means_of_the_other_tree():
 def test_golden_means_of_single_samples():
     """Branching 1: no siblings, so no features. b is the others' weighted mean: 1 x 3 / 4, 0, and 1 x 1 / 2."""
     trees = [flat([reward], [norm]) for reward, norm in ((0.0, 1.0), (1.0, 3.0), (0.0, 1.0))]
-    assert [of_tree[1] for of_tree in optimal_baseline(trees, [1, 1])] == pytest.approx([-0.75, 1.0, -0.75])
+    assert [of_tree[1] for of_tree in optimal_baseline(with_rows(trees, [1, 1]))] == pytest.approx([-0.75, 1.0, -0.75])
 
 
 def test_golden_regression_on_the_sibling():
@@ -60,7 +65,7 @@ def test_golden_regression_on_the_sibling():
     .75 - .75/1.02. s: each other tree, predicted from one alone, has no slope, so the regression moves nothing: s = 0.
     """
     trees = [flat([value, value], [1, 1]) for value in (0.0, 1.0, 0.5)]
-    first, second, third = optimal_baseline(trees, [2, 1])
+    first, second, third = optimal_baseline(with_rows(trees, [2, 1]))
     assert first == pytest.approx([0, -0.75, -0.75])
     assert second == pytest.approx([0, 0.75, 0.75])
     assert third == pytest.approx([0, 0, 0])
@@ -78,7 +83,7 @@ def test_golden_share_of_the_regression():
     """
     trees = [flat([value, value], [1, 1]) for value in (0.0, 1.0, 0.5)] + [flat([1.0, 0.0], [1, 1])]
     k = 1 / (1 + RIDGE)
-    assert optimal_baseline(trees, [2, 1])[3] == pytest.approx([0, 0.5 + 0.5 * k, -0.5 - 0.5 * k])
+    assert optimal_baseline(with_rows(trees, [2, 1]))[3] == pytest.approx([0, 0.5 + 0.5 * k, -0.5 - 0.5 * k])
 
 
 def test_golden_share_of_a_regression_that_misleads():
@@ -94,24 +99,24 @@ def test_golden_share_of_a_regression_that_misleads():
     Sum of move x right: k (4/12 - 10/36 - 2/9 - 2/9) = -7k/18 < 0, so s = 0 and the mean, 3/8, is left.
     """
     trees = [flat(pair, [1, 1]) for pair in ([0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [1.0, 1.0])]
-    assert optimal_baseline(trees, [2, 1])[4] == pytest.approx([0, 0.625, 0.625])
+    assert optimal_baseline(with_rows(trees, [2, 1]))[4] == pytest.approx([0, 0.625, 0.625])
 
 
 def test_a_batch_of_one_tree_is_compared_with_the_leaves_outside():
     """And a leaf alone with 0."""
-    (advantages,) = optimal_baseline([flat([0.8, -0.1], [1, 1])], [2, 1])
+    (advantages,) = optimal_baseline(with_rows([flat([0.8, -0.1], [1, 1])], [2, 1]))
     assert advantages == pytest.approx([0, 0.9, -0.9])
-    (advantages,) = optimal_baseline([weighted(uneven(), [1.0, 1.0, 0.0, None, None])], [9, 3, 1])
+    (advantages,) = optimal_baseline(with_rows([weighted(uneven(), [1.0, 1.0, 0.0, None, None])], [9, 3, 1]))
     # Node 1 against 1, 0; node 2 (V = .5) against 1; leaves against those other two.
     assert advantages == pytest.approx([0, sqrt(3) * 0.5, sqrt(3) * -0.5, 0, 0.5, -1, 0, 0])
-    assert optimal_baseline([flat([0.7], [1])], [1, 1]) == [[0, 0.7]]
-    assert optimal_baseline([], [1, 1]) == []
+    assert optimal_baseline(with_rows([flat([0.7], [1])], [1, 1])) == [[0, 0.7]]
+    assert optimal_baseline([]) == []
 
 
 def test_a_depth_that_no_other_tree_reaches_has_the_leaves_outside():
     ended = flat([0.0, 1.0], [1, 1])
     deep = weighted(two_by_two(), [1.0, 0.0, 0.0, 0.0], [1] * 6)
-    advantages = optimal_baseline([ended, deep], [4, 2, 1])[1]
+    advantages = optimal_baseline(with_rows([ended, deep], [4, 2, 1]))[1]
     assert advantages[3:] == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
 
 
@@ -125,7 +130,7 @@ def test_by_default_the_deepest_tree_of_a_batch_is_credited_to_its_leaves():
 def test_weights_many_powers_of_ten_apart_leave_no_rounding_behind(tiny):
     """A sure token weighs next to nothing. A difference of sums would make anything of what is left: here 0 / 0."""
     trees = [flat([1.0], [100.0]), flat([0.25], [tiny]), flat([0.75], [tiny])]
-    (_, first), *_ = optimal_baseline(trees, [1, 1])
+    (_, first), *_ = optimal_baseline(with_rows(trees, [1, 1]))
     # Weights of 0 tell nothing; then a tree is compared with its own leaves, of which there are none.
     assert first == pytest.approx(1.0 - 0.5 if tiny else 1.0)
 
@@ -156,12 +161,11 @@ def test_a_baseline_does_not_depend_on_what_lies_below_its_node(forest, place, s
             changed[index][leaf] = draw.integers(0, 5) / 4
 
     def baseline(of_trees, factor):
-        forest = [ValuedTree.of(tree, each) for tree, each in zip(trees, of_trees, strict=True)]
+        forest = [ValuedTree.of(tree, each, shape.rows_below) for tree, each in zip(trees, of_trees, strict=True)]
         norms = [norm * (factor if at == node else 1) for at, norm in enumerate(forest[index].score_norms)]
         forest[index] = replace(forest[index], score_norms=tuple(norms))
-        depth = forest[index].depths[node]
-        advantage = optimal_baseline(forest, shape.rows_below)[index][node]
-        return forest[index].value(node) - advantage / sqrt(shape.rows_below[depth])
+        advantage = optimal_baseline(forest)[index][node]
+        return forest[index].value(node) - advantage / sqrt(shape.rows_below(trees[index])[node])
 
     assert baseline(changed, 7.0) == pytest.approx(baseline(rewards, 1.0), abs=1e-9)
 
@@ -199,11 +203,13 @@ def assert_as_plain(trees, rewards, shape) -> list[list[float]]:
     """Advantages are those of least squares from a library, with the fits that leave trees out written as loops."""
     expected = plain_credit.optimal_baseline(trees, rewards, shape.branching)
     forest = [
-        ValuedTree.of(tree, {leaf: None if each is None else float(each) for leaf, each in of_tree.items()})
+        ValuedTree.of(
+            tree, {leaf: None if each is None else float(each) for leaf, each in of_tree.items()}, shape.rows_below
+        )
         for tree, of_tree in zip(trees, rewards, strict=True)
     ]
     with np.errstate(divide="raise", invalid="raise"):
-        advantages = optimal_baseline(forest, shape.rows_below)
+        advantages = optimal_baseline(forest)
     for found, of_nodes in zip(advantages, expected, strict=True):
         assert found == pytest.approx([of_nodes.get(node, 0.0) for node in range(len(found))], abs=1e-7)
     return advantages
@@ -217,7 +223,7 @@ def assert_as_plain(trees, rewards, shape) -> list[list[float]]:
 def test_any_batch_has_the_plain_references_advantages(forest, sixths, seed):
     shape, trees = forest
     draw = np.random.default_rng(seed)
-    trees = [Tree(tuple(replace(node, score_norm=draw.uniform()) for node in tree.nodes)) for tree in trees]
+    trees = [Tree(tuple(replace(node, score_norms=(draw.uniform(),)) for node in tree.nodes)) for tree in trees]
     exact = [None if each is None else Fraction(each, 6) for each in sixths]
     assert_as_plain(
         trees, [leaf_rewards(tree, exact[index:] + exact[:index]) for index, tree in enumerate(trees)], shape
@@ -232,7 +238,7 @@ def test_siblings_that_tell_something_are_listened_to_as_the_plain_reference_doe
     draw, trees, rewards = np.random.default_rng(7), [], []
     for index in range(7):
         (tree,) = grow([[1]], shape, RandomBackend(index, 0.1))
-        trees.append(Tree(tuple(replace(node, score_norm=draw.uniform()) for node in tree.nodes)))
+        trees.append(Tree(tuple(replace(node, score_norms=(draw.uniform(),)) for node in tree.nodes)))
         ease = draw.integers(0, 9)
         drawn = [Fraction(int(ease + draw.integers(0, 5)), 12) for _ in tree.leaves]
         rewards.append(leaf_rewards(tree, [None if draw.uniform() < none_share else each for each in drawn]))
@@ -256,5 +262,5 @@ def with_means_alone(trees, rewards, shape) -> list[list[float]]:
             ]  # fmt: skip
             value, mean = plain_credit.value_of(tree, node, rewards[index]), plain_credit.weighted_mean(points)
             if value is not None and mean is not None:
-                advantages[index][node] = sqrt(shape.rows_below[tree.depths[node]]) * (float(value) - mean)
+                advantages[index][node] = sqrt(shape.rows_below(tree)[node]) * (float(value) - mean)
     return advantages

@@ -94,7 +94,8 @@ def test_the_sum_over_the_leaves_of_treepo_is_zero(forest, rewards):
 def with_norms(trees: list[Tree]) -> list[Tree]:
     """The trees, with score norms that differ between nodes."""
     return [
-        Tree(tuple(replace(node, score_norm=0.1 + sum(node.token_ids) % 7) for node in tree.nodes)) for tree in trees
+        Tree(tuple(replace(node, score_norms=(0.1 + sum(node.token_ids) % 7,)) for node in tree.nodes))
+        for tree in trees
     ]
 
 
@@ -193,7 +194,7 @@ def test_the_root_mean_square_over_trained_tokens_is_one(name, forest, rewards):
 def test_two_processes_give_what_one_does_bit_for_bit(name, forest, rewards, cut):
     shape, trees = forest[0], with_norms(forest[1])
     given_rewards = [leaf_rewards(tree, rewards[index:] + rewards[:index]) for index, tree in enumerate(trees)]
-    everything = [ValuedTree.of(*pair) for pair in zip(trees, given_rewards, strict=True)]
+    everything = [ValuedTree.of(*pair, shape.rows_below) for pair in zip(trees, given_rewards, strict=True)]
     found, cut = [], min(cut, len(trees))
     for start, end in ((0, cut), (cut, len(trees))):
         found += assign_batch(

@@ -20,6 +20,7 @@ from trl import TrlParser
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.compatibility import UNSCALED_ESTIMATORS
 from treerpo_trl.credit import ESTIMATORS, assign_batch
+from treerpo_trl.growth import TreeShape
 from treerpo_trl.growth.backends import VLLMBackend
 from treerpo_trl.growth.backends.vllm import _Completion
 from treerpo_trl.reporting.starvation import StarvationWatch
@@ -171,7 +172,7 @@ def two_trees() -> tuple[list[Tree], list[dict[int, float | None]]]:
 
 
 def credit(rewards: list[dict[int, float | None]], name: str) -> list[float]:
-    scored = assign_batch(two_trees()[0], rewards, name, None, rows_below=[4, 2, 1])
+    scored = assign_batch(two_trees()[0], rewards, name, None, rows_below=TreeShape((2, 2), 2, 4).rows_below)
     return [advantage for tree in scored for advantage in tree.advantages]
 
 
@@ -206,11 +207,12 @@ def test_a_segment_of_vllm_has_a_score_norm_by_its_log_probabilities(logprobs, n
     engine = SimpleNamespace(generation_kwargs={"stop": ["="]}, mode="colocate", tensor_parallel_size=1)
     backend = VLLMBackend(engine, [EOS], make_tokenizer())
     plus, equals = make_tokenizer()("+=")["input_ids"]
-    whole = backend._cut([], _Completion([plus] * len(logprobs), logprobs), max_tokens=len(logprobs))
-    cut = backend._cut([], _Completion([*[plus] * (len(logprobs) - 1), equals, plus], [*logprobs, -9.0]), max_tokens=9)
+    whole = backend._cut([], _Completion([plus] * len(logprobs), logprobs, False), len(logprobs))
+    cut = backend._cut([], _Completion([*[plus] * (len(logprobs) - 1), equals, plus], [*logprobs, -9.0], True), 9)
     assert (whole.ended, cut.ended) == (False, True) and len(cut.token_ids) == len(logprobs)
     for segment in (whole, cut):  # what comes after a stop string is not counted
-        assert segment.score_norm == (norm if norm is None else pytest.approx(norm))
+        found = segment.score_norms and sum(segment.score_norms)
+        assert found == (norm if norm is None else pytest.approx(norm))
 
 
 # What people see
@@ -278,7 +280,7 @@ def test_views_show_it(runs, name, capsys):
     trainer = runs(name)
     folder = Path(trainer.args.output_dir) / "trees"
     records = read_trees(folder / "step_000002.parquet")
-    assert records == tree_records(trainer.last_trees, make_tokenizer(), 2, branching=(2, 2))
+    assert records == tree_records(trainer.last_trees, make_tokenizer(), 2, shape=trainer.tree_shape)
     measured = [record["score_norm"] for record in records if record["depth"] > 0]
     if name == "optimal_baseline":
         tokens = [record["num_tokens"] for record in records if record["depth"] > 0]

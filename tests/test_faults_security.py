@@ -26,6 +26,7 @@ from view_trees import HOSTILE, Texts, make_tree
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.checkpoints import read_seal, seal
+from treerpo_trl.growth import TreeShape
 from treerpo_trl.tree import ROOT
 from treerpo_trl.views import build_index, print_tree, read_trees, render_page, tree_records, write_page, write_trees
 from treerpo_trl.views.files import step_path
@@ -47,7 +48,9 @@ TEXTS = st.lists(st.sampled_from([*ESCAPES, *BREAKOUTS, "a", " ", "\n"]), min_si
 
 def records_of(prompt: str, steps: tuple[str, str]) -> list[dict]:
     texts = Texts()
-    return tree_records([make_tree(texts, prompt, {ROOT: list(steps)}, [1.0, 0.0])], texts, 3, branching=(2,))
+    return tree_records(
+        [make_tree(texts, prompt, {ROOT: list(steps)}, [1.0, 0.0])], texts, 3, shape=TreeShape((2,), 9, 9)
+    )
 
 
 def encodable(text: str) -> str:

@@ -11,7 +11,7 @@ from test_trainer import train
 from transformers import GenerationConfig, Qwen2ForCausalLM, SynthIDTextWatermarkingConfig
 
 from treerpo_trl import TreeRPOTrainer
-from treerpo_trl.checks import generation_options as options
+from treerpo_trl.checks import generation_tables as options
 from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.growth.backends import TransformersBackend
 
@@ -19,7 +19,7 @@ from treerpo_trl.growth.backends import TransformersBackend
 SHAPE = TreeShape((2, 2, 2), 4, 12)
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 5]]
 DECIDE = (
-    "is in no table of checks/generation_options.py. Each segment of a tree is a call of its own: does the option do "
+    "is in no table of checks/generation_tables.py. Each segment of a tree is a call of its own: does the option do "
     "on trees what it does in GRPO (RIGHT), does the tree set it (TREE_SETS), or is it refused (REFUSED)?"
 )
 

@@ -61,7 +61,7 @@ def test_the_newest_trees_are_those_of_the_trainer(model, make_args, dataset):
     trainer = make_trainer(model, args, dataset)
     trainer.train()
     records = read_trees(Path(args.output_dir) / "trees" / "step_000002.parquet")
-    expected = tree_records(trainer.last_trees, make_tokenizer(), 2, branching=trainer.tree_shape.branching)
+    expected = tree_records(trainer.last_trees, make_tokenizer(), 2, shape=trainer.tree_shape)
     assert records == expected
     page = (Path(args.output_dir) / "trees" / "step_000002.html").read_text()
     for scored in trainer.last_trees:

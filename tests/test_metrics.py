@@ -5,13 +5,13 @@ import statistics
 
 import pytest
 import torch
-from conftest import forests, leaf_rewards
+from conftest import any_forests, leaf_rewards
 from hypothesis import given
 from hypothesis import strategies as st
 
 from treerpo_trl.credit import ScoredTree, assign
+from treerpo_trl.growth import TreeShape
 from treerpo_trl.metrics import Mean, Metrics, Std, pool, step_metrics, tree_metrics
-from treerpo_trl.rows import slots
 from treerpo_trl.scoring import DistinctRows, RowRewards
 from treerpo_trl.tree import ROOT, Segment, Tree
 
@@ -20,17 +20,17 @@ REWARDS = st.lists(st.sampled_from([0.0, 0.25, 1.0, None]), min_size=1, max_size
 NUMBERS = st.lists(st.floats(-1e3, 1e3), max_size=6)
 
 
-def metrics_of(scored: list[ScoredTree], branching: tuple[int, ...]) -> Metrics:
+def metrics_of(scored: list[ScoredTree], shape: TreeShape) -> Metrics:
     """The metrics of trees as the trainer has them: by way of the rows."""
-    rows = [(tree, leaf) for tree in scored for leaf in slots(tree.tree, branching)]
-    distinct = DistinctRows.of([tree.tree.completion_ids(leaf) for tree, leaf in rows], math.prod(branching))
+    rows = [(tree, leaf) for tree in scored for leaf in shape.slots(tree.tree)]
+    distinct = DistinctRows.of([tree.tree.completion_ids(leaf) for tree, leaf in rows], shape.num_leaves)
     rewards = torch.tensor(
         [[float("nan") if (reward := tree.rewards[leaf]) is None else reward] for tree, leaf in rows]
     )
     given = RowRewards.of(rewards.view(-1, 1), torch.ones(1), ["only"], distinct)
     nodes = [pair for tree in scored for pair in zip(tree.tree.nodes, tree.kept, strict=True)]
     trained_tokens = sum(len(node.token_ids) for node, is_kept in nodes if is_kept)
-    return tree_metrics(scored, branching, given.distinct, given.by_func, trained_tokens)
+    return tree_metrics(scored, shape, given.distinct, given.by_func, trained_tokens)
 
 
 def test_golden_numbers():
@@ -38,7 +38,7 @@ def test_golden_numbers():
     tree = tree.grow({2: [Segment((6,), True), Segment((7, 8), False)]})
     scored = assign(tree, {1: 1.0, 3: 0.5, 4: 0.5})
     by_func = {"a": [1.0, 0.0, 0.25], "b": [math.nan, 1, 1]}
-    metrics = pool([tree_metrics([scored], (2, 2), [1.0, 0.5, 0.5], by_func, trained_tokens=5)])
+    metrics = pool([tree_metrics([scored], TreeShape((2, 2), 3, 6), [1.0, 0.5, 0.5], by_func, trained_tokens=5)])
     assert metrics == {
         "tree/nodes": 4,
         "tree/leaves": 3,
@@ -72,34 +72,35 @@ def test_golden_numbers():
 def test_advantages_by_depth():
     tree = Tree.from_prompt([9]).grow({ROOT: [Segment((1,), True), Segment((3,), False)]})
     tree = tree.grow({2: [Segment((6,), True), Segment((7,), True)]})
-    metrics = pool([metrics_of([assign(tree, {1: 1.0, 3: 1.0, 4: 0.0})], (2, 2))])
+    metrics = pool([metrics_of([assign(tree, {1: 1.0, 3: 1.0, 4: 0.0})], TreeShape((2, 2), 3, 6))])
     sizes = [metrics[f"tree/advantage_abs{depth}"] for depth in ("/depth_1", "/depth_2", "")]
     assert sizes == pytest.approx([0.25 / (0.75 * 0.25), 2, (4 / 3 + 2) / 2])
 
 
 def test_leaves_with_the_same_tokens_are_one_trajectory():
-    """Unlike in TRL's `reward`, where each of the rows counts: 4 of the right leaf, of 8."""
+    """Unlike in TRL's `reward`, where each of the rows counts: 2 of the right leaf, of 4."""
     tree = Tree.from_prompt([9]).grow({ROOT: [Segment((1,), True), Segment((2,), False)]})
     tree = tree.grow({2: [Segment((3,), True), Segment((3,), True)]})
-    metrics = pool([metrics_of([assign(tree, {1: 1.0, 3: 0.25, 4: 0.25})], (2, 4))])
+    metrics = pool([metrics_of([assign(tree, {1: 1.0, 3: 0.25, 4: 0.25})], TreeShape((2, 2), 3, 6))])
     assert (metrics["tree/leaves"], metrics["tree/unique_leaves"]) == (3, 2)
     assert metrics["tree/reward"] == metrics["tree/rewards/only/mean"] == 0.625
     assert metrics["tree/reward_std"] == pytest.approx(statistics.stdev([1, 0.25]))
 
 
-@given(forests())
+@given(any_forests())
 def test_token_sharing_counts_the_rows(forest):
+    """But for those that only fill the batch, where a tree forked less often than it could."""
     shape, trees = forest
     scored = [assign(tree, leaf_rewards(tree, [0.0, 1.0])) for tree in trees]
-    rows = sum(len(tree.completion_ids(leaf)) for tree in trees for leaf in slots(tree, shape.branching))
-    assert metrics_of(scored, shape.branching)["tree/token_sharing"].total == pytest.approx(rows)
+    rows = sum(shape.rows_below(tree)[leaf] * tree.lengths[leaf] for tree in trees for leaf in tree.leaves)
+    assert metrics_of(scored, shape)["tree/token_sharing"].total == pytest.approx(rows)
 
 
-@given(forests(), REWARDS)
+@given(any_forests(), REWARDS)
 def test_values_by_depth_are_those_of_all_nodes(forest, rewards):
     shape, trees = forest
     scored = [assign(tree, leaf_rewards(tree, rewards)) for tree in trees]
-    metrics = pool([metrics_of(scored, shape.branching)])
+    metrics = pool([metrics_of(scored, shape)])
     for depth in range(1, shape.max_depth + 1):
         values = [
             value
@@ -113,40 +114,40 @@ def test_values_by_depth_are_those_of_all_nodes(forest, rewards):
         assert metrics.get(f"tree/value_std{name}") == expected
 
 
-@given(forests())
+@given(any_forests())
 def test_the_value_at_depth_one_is_that_of_the_prompts(forest):
     shape, trees = forest
     scored = [assign(tree, leaf_rewards(tree, [0.0, 1.0, 0.5])) for tree in trees]
-    mean = metrics_of(scored, shape.branching)["tree/value_mean/depth_1"].value
+    mean = metrics_of(scored, shape)["tree/value_mean/depth_1"].value
     assert mean == pytest.approx(statistics.fmean(tree.values[ROOT] for tree in scored))
 
 
-@given(forests(), REWARDS)
+@given(any_forests(), REWARDS)
 def test_numbers_by_depth_add_up_to_those_of_the_tree(forest, rewards):
     shape, trees = forest
-    metrics = metrics_of([assign(tree, leaf_rewards(tree, rewards)) for tree in trees], shape.branching)
+    metrics = metrics_of([assign(tree, leaf_rewards(tree, rewards)) for tree in trees], shape)
     for name in ("tree/kept_groups", "tree/advantage_abs"):
         depths = [metrics[f"{name}/depth_{depth}"] for depth in range(1, shape.max_depth + 1)]
         assert sum(mean.count for mean in depths) == metrics[name].count
         assert sum(mean.total for mean in depths) == pytest.approx(metrics[name].total)
 
 
-@given(forests())
+@given(any_forests())
 def test_the_shape_of_a_tree_is_bounded_by_the_complete_one(forest):
     shape, (tree, *_) = forest
-    metrics = pool([metrics_of([assign(tree, leaf_rewards(tree, [1.0]))], shape.branching)])
+    metrics = pool([metrics_of([assign(tree, leaf_rewards(tree, [1.0]))], shape)])
     assert 1 <= metrics["tree/unique_leaves"] <= metrics["tree/leaves"] <= shape.num_leaves
     assert 1 <= metrics["tree/depth"] <= metrics["tree/max_depth"] <= shape.max_depth
     assert metrics["tree/token_sharing"] >= 1 - 1e-9
     assert metrics["tree/trained_tokens"] == 0  # every group is tied
 
 
-@given(forests(), REWARDS, st.integers(0, 3))
+@given(any_forests(), REWARDS, st.integers(0, 3))
 def test_processes_pool_to_what_one_process_would_have(forest, rewards, split):
     shape, trees = forest
     scored = [assign(tree, leaf_rewards(tree, rewards)) for tree in trees]
-    parts = [metrics_of(part, shape.branching) for part in (scored[:split], scored[split:])]
-    assert pool(parts) == pytest.approx(pool([metrics_of(scored, shape.branching)]), abs=1e-9)
+    parts = [metrics_of(part, shape) for part in (scored[:split], scored[split:])]
+    assert pool(parts) == pytest.approx(pool([metrics_of(scored, shape)]), abs=1e-9)
 
 
 @given(NUMBERS, NUMBERS)
@@ -164,14 +165,14 @@ def test_what_is_undefined_is_left_out():
     assert pool([{"a": Mean(0, 0), "b": Mean(1, 2), "c": Std.of([1.0]), "d": Std.of([])}]) == {"b": 0.5}
 
 
-@given(forests())
+@given(any_forests())
 def test_names_do_not_depend_on_the_trees(forest):
     """Processes pool their numbers by name, also one whose rewards are all None."""
     shape, trees = forest
-    metrics = metrics_of([assign(tree, leaf_rewards(tree, [None])) for tree in trees], shape.branching)
-    assert list(metrics) == list(tree_metrics([], shape.branching, [], {"only": []}, 0))
+    metrics = metrics_of([assign(tree, leaf_rewards(tree, [None])) for tree in trees], shape)
+    assert list(metrics) == list(tree_metrics([], shape, [], {"only": []}, 0))
     assert all(math.isfinite(value) for value in pool([metrics]).values())
-    assert pool([tree_metrics([], shape.branching, [], {"only": []}, 0)]) == {}
+    assert pool([tree_metrics([], shape, [], {"only": []}, 0)]) == {}
 
 
 def test_a_step_of_two_processes():

@@ -163,8 +163,9 @@ class Memoryless:
     def __init__(self, mean: float):
         self.random, self.mean = np.random.default_rng(0), mean
 
-    def extend(self, trees, branches, num_children, max_tokens, is_last) -> list[list[Segment]]:
-        drawn = self.random.geometric(1 / self.mean, (len(branches), num_children))
+    def extend(self, trees, wave) -> list[list[Segment]]:
+        drawn = self.random.geometric(1 / self.mean, (len(wave.branches), wave.num_children))
+        (max_tokens,) = set(wave.max_tokens)
         return [[Segment((2,) * min(n, max_tokens), n <= max_tokens) for n in row] for row in drawn.tolist()]
 
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import RandomBackend, forests, leaf_rewards, shapes
+from conftest import RandomBackend, any_forests, leaf_rewards, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
 from treerpo_trl.credit import assign
-from treerpo_trl.growth import grow
+from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.rows import (
     LOSS_WEIGHTINGS,
     NO_NODE,
@@ -20,9 +20,11 @@ from treerpo_trl.rows import (
     project,
     share_of_batch,
     shuffle_micro_batches,
-    slots,
 )
 from treerpo_trl.tree import ROOT, Segment, Tree
+
+
+SHAPE = TreeShape((2, 2), 3, 6)
 
 
 def example_tree() -> Tree:
@@ -32,8 +34,8 @@ def example_tree() -> Tree:
 
 
 def test_golden_layout():
-    layout = lay_out([example_tree()], (2, 2), width=6)
-    assert slots(example_tree(), (2, 2)) == [1, 1, 3, 4]
+    layout = lay_out([example_tree()], SHAPE, width=6)
+    assert SHAPE.slots(example_tree()) == [1, 1, 3, 4]
     assert layout.node_BT.tolist() == [
         [1, 1, -1, -1, -1, -1],
         [1, 1, -1, -1, -1, -1],
@@ -55,11 +57,11 @@ def test_golden_projection_and_weights():
     assert LOSS_WEIGHTINGS["node"](example_tree(), 3) == [0, 1.5, 1, 3, 1.5]
 
 
-@given(forests())
-def test_rows_are_the_complete_trees_paths_in_depth_first_order(forest):
+@given(any_forests())
+def test_rows_are_the_trees_paths_in_depth_first_order(forest):
     shape, trees = forest
     for tree in trees:
-        rows = slots(tree, shape.branching)
+        rows = shape.slots(tree)
         assert len(rows) == shape.num_leaves
         assert list(dict.fromkeys(rows)) == list(tree.leaves)
 
@@ -68,42 +70,42 @@ def test_rows_are_the_complete_trees_paths_in_depth_first_order(forest):
 def test_a_plain_mean_over_a_nodes_rows_is_its_value(shape, seed, rewards):
     (tree,) = grow([[1]], shape, RandomBackend(seed, end_probability=0.4))
     scored = assign(tree, leaf_rewards(tree, rewards))
-    rows = slots(tree, shape.branching)
+    rows = shape.slots(tree)
     for node, value in enumerate(scored.values):
         below = [scored.rewards[leaf] for leaf in rows if node == ROOT or node in tree.path(leaf)]
         assert sum(below) / len(below) == pytest.approx(value)
 
 
-@given(forests())
+@given(any_forests())
 def test_rows_spell_their_completions(forest):
     shape, trees = forest
     width = shape.max_completion_length + 1
-    layout = lay_out(trees, shape.branching, width)
+    layout = lay_out(trees, shape, width)
     nodes = [node for tree in trees for node in tree.nodes]
     offsets = [sum(len(tree.nodes) for tree in trees[:index]) for index in range(len(trees))]
-    leaves = [(index, leaf) for index, tree in enumerate(trees) for leaf in slots(tree, shape.branching)]
+    leaves = [(index, leaf) for index, tree in enumerate(trees) for leaf in shape.slots(tree)]
     for (index, leaf), row in zip(leaves, layout.node_BT.tolist(), strict=True):
         path = [offsets[index] + node for node in trees[index].path(leaf)]
         spelled = [node for node in path for _ in nodes[node].token_ids]
         assert row == spelled + [NO_NODE] * (width - len(spelled))
 
 
-@given(forests())
+@given(any_forests())
 def test_each_sampled_token_is_owned_exactly_once(forest):
     shape, trees = forest
-    layout = lay_out(trees, shape.branching, shape.max_completion_length)
+    layout = lay_out(trees, shape, shape.max_completion_length)
     owned = layout.node_BT[layout.owned_BT]
     num_nodes = sum(len(tree.nodes) for tree in trees)
     expected = [0 if index == ROOT else len(node.token_ids) for tree in trees for index, node in enumerate(tree.nodes)]
     assert torch.bincount(owned, minlength=num_nodes).tolist() == expected
 
 
-@given(forests(), st.integers(0, 1000))
+@given(any_forests(), st.integers(0, 1000))
 def test_a_node_is_owned_by_its_first_active_row(forest, seed):
     shape, trees = forest
     rows = shape.num_leaves * len(trees)
     active = [random.Random(seed + row).random() < 0.6 for row in range(rows)]
-    layout = lay_out(trees, shape.branching, shape.max_completion_length, active)
+    layout = lay_out(trees, shape, shape.max_completion_length, active)
     for row in range(rows):
         for node in set(layout.node_BT[row].tolist()) - {NO_NODE}:
             is_first = active[row] and not any(active[r] and node in layout.node_BT[r] for r in range(row))
@@ -112,18 +114,18 @@ def test_a_node_is_owned_by_its_first_active_row(forest, seed):
             assert layout.owned_BT[row][tokens].any() == is_first
 
 
-@given(forests())
+@given(any_forests())
 def test_node_weights_sum_to_the_same_for_every_node(forest):
     shape, trees = forest
     for tree in trees:
-        weights = LOSS_WEIGHTINGS["node"](tree, shape.segment_length)
+        weights = LOSS_WEIGHTINGS["node"](tree, shape.longest_segment)
         for node, weight in list(zip(tree.nodes, weights, strict=True))[1:]:
-            assert weight * len(node.token_ids) == pytest.approx(shape.segment_length)
+            assert weight * len(node.token_ids) == pytest.approx(shape.longest_segment)
             assert weight >= 1
 
 
 def test_a_layout_is_immutable():
-    layout = lay_out([example_tree()], (2, 2), width=6)
+    layout = lay_out([example_tree()], SHAPE, width=6)
     for each in fields(layout):
         with pytest.raises(FrozenInstanceError):
             setattr(layout, each.name, None)

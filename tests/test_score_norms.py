@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.growth.backends import TransformersBackend
-from treerpo_trl.growth.backends.score_norms import ScoreNorms
+from treerpo_trl.growth.backends.token_statistics import TokenStatistics
 from treerpo_trl.tree import Segment, Tree
 
 
@@ -27,7 +27,7 @@ def grow_trees(model, with_score_norms=True, max_rows=64, fork_caches=True, seed
     given_options = {"do_sample": True, "eos_token_id": [EOS], "pad_token_id": PAD, "disable_compile": True, **options}
     backend = TransformersBackend(
         model, GenerationConfig(**given_options), [EOS], PAD, max_rows, fork_caches=fork_caches,
-        with_score_norms=with_score_norms,
+        statistics=("score_norm",) if with_score_norms else (),
     )  # fmt: skip
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -77,12 +77,12 @@ def test_measuring_draws_the_same_tokens(sharp_model, seed):
 
 def measure(logits_TV: torch.Tensor, drawn_T: list[int], temperature: float | None = None) -> float:
     """The score norm of one row that draws these tokens."""
-    norms, ids = ScoreNorms(temperature), torch.tensor([[2]])
+    norms, ids = TokenStatistics(["score_norm"], temperature), torch.tensor([[2]])
     for logits, token in zip(logits_TV, drawn_T, strict=True):
         assert norms(ids, logits[None]) is not None
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
     (segment,) = norms.attach([Segment(tuple(drawn_T), False)], ids)
-    return segment.score_norm
+    return segment.score_norms and sum(segment.score_norms)
 
 
 def test_golden_score_norms():

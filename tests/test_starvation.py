@@ -13,6 +13,7 @@ from test_faults_generation import with_end_bias
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.credit import ScoredTree, assign
+from treerpo_trl.growth import TreeShape
 from treerpo_trl.metrics import pool, tree_metrics
 from treerpo_trl.reporting.starvation import FIRST_WARNING, StarvationWatch
 from treerpo_trl.tree import ROOT, Segment, Tree
@@ -162,17 +163,20 @@ def test_of_several_causes_the_nearest_to_training_is_named(caplog):
 # On several processes
 
 
+SHAPE = TreeShape((3,), 2, 2)
+
+
 def scored(rewards: list[float | None]) -> ScoredTree:
     tree = Tree.from_prompt([9]).grow({ROOT: [Segment((place + 2, EOS), True) for place in range(len(rewards))]})
     return assign(tree, dict(enumerate(rewards, start=1)))
 
 
-@given(st.lists(st.lists(st.sampled_from([None, 0.0, 0.05, 1.0]), min_size=2, max_size=3), min_size=2, max_size=4))
+@given(st.lists(st.lists(st.sampled_from([None, 0.0, 0.05, 1.0]), min_size=3, max_size=3), min_size=2, max_size=4))
 def test_processes_see_what_one_would(rewards):
     """A batch is starved if no process has a group to train, and all are told the same range."""
     trees = [scored(given) for given in rewards]
-    parts = [tree_metrics(part, (3,), [], {}, 0) for part in (trees[:1], trees[1:])]
-    pooled, whole = pool(parts), pool([tree_metrics(trees, (3,), [], {}, 0)])
+    parts = [tree_metrics(part, SHAPE, [], {}, 0) for part in (trees[:1], trees[1:])]
+    pooled, whole = pool(parts), pool([tree_metrics(trees, SHAPE, [], {}, 0)])
     watches = [make_watch(is_main_process) for is_main_process in (True, False)]
     for watch, metrics in zip(watches, (pooled, whole), strict=True):
         watch.check(metrics, 1.0)

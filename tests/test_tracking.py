@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import Qwen2ForCausalLM
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
+from treerpo_trl.growth import TreeShape
 from treerpo_trl.metrics import tree_metrics
 from treerpo_trl.prefix_sharing import pack_rows
 from treerpo_trl.timing import PHASES, PhaseTimer
@@ -147,7 +148,7 @@ def test_a_tracker_has_every_tree_metric_of_every_step(tracked, read):
 def test_metrics_of_trees_are_logged_when_trees_were_sampled(tracked):
     """As TRL's of completions. What is undefined in a step is not logged in it, and no other name is missing."""
     logged = {step: tree_numbers(logs) for step, logs in steps_of(tracked[1]).items()}
-    every = tree_metrics([], (2, 2, 2), [], {"slow_reward": [], "sometimes": []}, 0).keys() | PER_STEP
+    every = tree_metrics([], TreeShape((2, 2, 2), 2, 6), [], {"slow_reward": [], "sometimes": []}, 0).keys() | PER_STEP
     undefined = {name for name in every if "advantage_abs" in name or "sometimes" in name}
     assert logged[1].keys() == every - undefined
     assert logged[2].keys() == logged[4].keys() == PER_STEP

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Qwen2ForSequenc
 from trl import GRPOConfig
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.rows import slots
 
 
 def train(model, args, dataset, reward_funcs=coin_reward, **kwargs) -> TreeRPOTrainer:
@@ -144,7 +143,7 @@ def test_a_reward_function_sees_each_trajectory_once_and_the_table_lines_up(mode
     assert table["reward"].tolist() == pytest.approx([spread(text) for text in table["completion"]], rel=1e-6)
     expected = []
     for scored in trainer.last_trees:
-        for leaf in slots(scored.tree, (2, 2, 2)):
+        for leaf in trainer.tree_shape.slots(scored.tree):
             tokens = [node for node in scored.tree.path(leaf) for _ in scored.tree.nodes[node].token_ids]
             expected.append(sum(scored.advantages[node] for node in tokens) / len(tokens))
     assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-6)

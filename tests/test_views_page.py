@@ -10,6 +10,7 @@ from importlib.resources import files
 import pytest
 from view_trees import HOSTILE, Texts, example_records, make_tree
 
+from treerpo_trl.growth import TreeShape
 from treerpo_trl.tree import ROOT
 from treerpo_trl.views import render_page, tree_records, write_page
 from treerpo_trl.views.document import read_asset, script_json
@@ -44,7 +45,7 @@ class Page(HTMLParser):
 def page_of(texts_of_nodes: list[str], title="run") -> str:
     texts = Texts()
     scored = make_tree(texts, texts_of_nodes[0], {ROOT: texts_of_nodes[1:]}, [1.0, 0.0])
-    return render_page(tree_records([scored], texts, 3, branching=(2,)), title=title)
+    return render_page(tree_records([scored], texts, 3, shape=TreeShape((2,), 9, 9)), title=title)
 
 
 def test_the_page_holds_every_node_of_every_tree():
@@ -154,7 +155,7 @@ def test_pages_that_are_not_needed_any_more_are_removed(tmp_path):
 def test_rewards_outside_the_unit_interval_stretch_the_scale():
     texts = Texts()
     trees = [make_tree(texts, "?", {ROOT: ["a", "b"]}, [0.0, 1.0])]
-    records = tree_records(trees, texts, 3, branching=(2,))
+    records = tree_records(trees, texts, 3, shape=TreeShape((2,), 9, 9))
     for record, value in zip(records, (0.5, -2.0, 3.0), strict=True):
         record["value"] = value
     assert Page(render_page(records, title="run")).data()[0]["scale"] == {"low": -2.0, "high": 3.0}

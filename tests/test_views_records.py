@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from view_trees import Texts, example_records, make_tree, scored_forests
 
-from treerpo_trl.rows import slots
+from treerpo_trl.growth import TreeShape
 from treerpo_trl.tree import ROOT
 from treerpo_trl.views import read_trees, tree_records, write_trees
 from treerpo_trl.views.files import replacing
@@ -31,7 +31,7 @@ TOKENIZER = make_tokenizer()
 
 def records_of(forest, **options):
     shape, trees = forest
-    return tree_records(trees, TOKENIZER, 7, branching=shape.branching, **options)
+    return tree_records(trees, TOKENIZER, 7, shape=shape, **options)
 
 
 @given(scored_forests())
@@ -68,7 +68,7 @@ def test_a_nodes_rows_are_those_of_the_batch_that_pass_through_it(forest):
     records = by_tree(records_of(forest))
     for index, scored in enumerate(trees):
         passing = [0] * len(scored.tree.nodes)
-        for leaf in slots(scored.tree, shape.branching):
+        for leaf in shape.slots(scored.tree):
             for node in (ROOT, *scored.tree.path(leaf)):
                 passing[node] += 1
         assert [record["rows"] for record in records[index]] == passing
@@ -103,7 +103,7 @@ def test_a_file_gives_back_what_was_written(forest):
 def test_the_summary_is_what_the_trainer_logs(forest):
     shape, trees = forest
     summary = summarise(by_tree(records_of(forest)).values())
-    rows = [(scored, leaf) for scored in trees for leaf in slots(scored.tree, shape.branching)]
+    rows = [(scored, leaf) for scored in trees for leaf in shape.slots(scored.tree)]
     rewards = [reward for scored, leaf in rows if (reward := scored.rewards[leaf]) is not None]
     assert summary.mean_reward == (pytest.approx(fmean(rewards)) if rewards else None)
     assert summary.mean_tokens == pytest.approx(fmean(len(scored.tree.completion_ids(leaf)) for scored, leaf in rows))
@@ -170,14 +170,14 @@ def test_an_answer_is_found_in_the_whole_completion_without_special_tokens():
     scored = make_tree(
         texts, "\\boxed{0}", {ROOT: ["so \\boxed{1", "no<eos>"], 1: ["2}<eos>", "\n<eos>"]}, [1.0, 0.0, 0.0]
     )
-    records = tree_records([scored], texts, 0, branching=(2, 2))
+    records = tree_records([scored], texts, 0, shape=TreeShape((2, 2), 9, 18))
     assert [record["answer"] for record in records] == [None, None, "no", "12", "so \\boxed{1"]
 
 
 def test_half_a_character_can_be_written(tmp_path):
     texts = Texts()
     scored = make_tree(texts, "?", {ROOT: ["a\ud83d", "b"]}, [1.0, 0.0])
-    write_trees(tree_records([scored], texts, 0, branching=(2,)), tmp_path / "step_000000.parquet")
+    write_trees(tree_records([scored], texts, 0, shape=TreeShape((2,), 9, 9)), tmp_path / "step_000000.parquet")
     assert read_trees(tmp_path / "step_000000.parquet")[1]["text"] == "a?"
 
 
@@ -186,7 +186,7 @@ def test_other_branching_factors_than_the_trees_are_refused(branching):
     texts = Texts()
     scored = make_tree(texts, "?", {ROOT: ["a", "b"], 1: ["c", "d"]}, [1.0, 0.0, 0.0])
     with pytest.raises(ValueError, match=r"node \d at depth \d has 2 children, which branching"):
-        tree_records([scored], texts, 0, branching=branching)
+        tree_records([scored], texts, 0, shape=TreeShape(branching, 9, 9 * len(branching)))
 
 
 def test_trees_of_two_processes_need_indices_of_their_own():

@@ -86,7 +86,7 @@ def example_records(step: int = 10) -> list[dict]:
         make_tree(texts, "What is 2?", {ROOT: ["x", "y"], 1: ["xa", "xb"], 2: ["ya", "yb"]}, [1.0, 0.0, 0.5, 0.5]),
         make_tree(texts, HOSTILE[0], {ROOT: HOSTILE[1:3], 1: HOSTILE[3:5], 2: HOSTILE[:2]}, [None, 1.0, 0.0, 0.0]),
     ]
-    return tree_records(trees, texts, step, branching=(2, 2))
+    return tree_records(trees, texts, step, shape=TreeShape((2, 2), 9, 18))
 
 
 class TextBackend:
@@ -96,8 +96,8 @@ class TextBackend:
         self.texts, self.characters, self.end_probability = texts, characters, end_probability
         self.random = random.Random(characters)
 
-    def extend(self, trees, branches, num_children, max_tokens, is_last) -> list[list[Segment]]:
-        return [[self._draw(max_tokens, is_last) for _ in range(num_children)] for _ in branches]
+    def extend(self, trees, wave) -> list[list[Segment]]:
+        return [[self._draw(most, wave.is_last) for _ in range(wave.num_children)] for most in wave.max_tokens]
 
     def _draw(self, max_tokens: int, is_last: bool) -> Segment:
         ended = self.random.random() < (0.8 if is_last else self.end_probability)
@@ -116,4 +116,4 @@ def random_records(
     for tree in grow(prompts, shape, TextBackend(texts, characters, end_probability)):
         luck = draw.random()
         scored.append(assign(tree, {leaf: float(draw.random() < luck) for leaf in tree.leaves}))
-    return tree_records(scored, texts, step, branching=shape.branching)
+    return tree_records(scored, texts, step, shape=shape)

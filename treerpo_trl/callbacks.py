@@ -71,7 +71,7 @@ class TreeLoggingCallback(TrainerCallback):
                 trees,
                 tokenizer,
                 state.global_step,
-                branching=trainer.tree_shape.branching,
+                shape=trainer.tree_shape,
                 process=process,
                 first_tree=process * len(trees),  # all processes have equally many
             )

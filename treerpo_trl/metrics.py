@@ -10,6 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from .credit import ScoredTree
+from .growth import Shape
+from .tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def step_metrics(seconds: Mapping[str, float], row_tokens: float, computed_token
 
 def tree_metrics(
     trees: Sequence[ScoredTree],
-    branching: Sequence[int],
+    shape: Shape,
     rewards: Sequence[float | None],
     rewards_by_func: Mapping[str, Sequence[float]],
     trained_tokens: int,
@@ -147,21 +149,21 @@ def tree_metrics(
 
     Args:
         trees: This process's trees.
-        branching: [D] branching factors.
+        shape: Of the trees.
         rewards: [U] reward of each distinct trajectory (the weighted sum over the reward functions), `None` if
             unscorable.
         rewards_by_func: Name of a reward function -> [U] its rewards; NaN where it gave none.
         trained_tokens: Number of tokens with a weight in the loss.
     """
     metrics: Metrics = {
-        **_shape_metrics(trees, math.prod(branching), len(rewards), trained_tokens),
+        **_shape_metrics(trees, shape, len(rewards), trained_tokens),
         **_reward_metrics(rewards, rewards_by_func),
     }
     groups = [(scored, group) for scored in trees for group in scored.tree.children if group]
     compared = [values for scored, group in groups if len(values := _values(scored, group)) > 1]
     metrics["tree/value_range_max"] = Max.of(max(values) - min(values) for values in compared)
     metrics |= _kept_metrics(groups, "")
-    for depth in range(1, len(branching) + 1):
+    for depth in range(1, shape.max_depth + 1):
         at_depth = [(scored, group) for scored, group in groups if scored.tree.depths[group[0]] == depth]
         valued = [values for scored, group in at_depth if (values := _values(scored, group))]
         metrics |= _kept_metrics(at_depth, f"/depth_{depth}")
@@ -171,7 +173,7 @@ def tree_metrics(
     return metrics
 
 
-def _shape_metrics(trees: Sequence[ScoredTree], num_leaves: int, num_unique: int, trained_tokens: int) -> Metrics:
+def _shape_metrics(trees: Sequence[ScoredTree], shape: Shape, num_unique: int, trained_tokens: int) -> Metrics:
     leaf_depths = [[scored.tree.depths[leaf] for leaf in scored.tree.leaves] for scored in trees]
     sampled = Mean.of(scored.tree.num_sampled_tokens for scored in trees)
     return {
@@ -181,7 +183,7 @@ def _shape_metrics(trees: Sequence[ScoredTree], num_leaves: int, num_unique: int
         "tree/depth": Mean.of(depth for depths in leaf_depths for depth in depths),
         "tree/max_depth": Mean.of(max(scored.tree.depths) for scored in trees),
         "tree/sampled_tokens": sampled,
-        "tree/token_sharing": Mean(sum(_row_tokens(scored, num_leaves) for scored in trees), sampled.total),
+        "tree/token_sharing": Mean(sum(_row_tokens(scored.tree, shape) for scored in trees), sampled.total),
         "tree/trained_tokens": Mean(trained_tokens, sampled.total),
     }
 
@@ -209,12 +211,7 @@ def _values(scored: ScoredTree, group: Sequence[int]) -> list[float]:
     return [value for child in group if (value := scored.values[child]) is not None]
 
 
-def _row_tokens(scored: ScoredTree, num_leaves: int) -> float:
-    """Tokens of the tree's rows. A leaf fills as many rows as the complete tree has leaves below its place."""
-    tree = scored.tree
-    share = [0.0] * len(tree.nodes)
-    share[0] = num_leaves
-    for index, children in enumerate(tree.children):
-        for child in children:
-            share[child] = share[index] / len(children)
-    return sum(share[leaf] * sum(len(tree.nodes[node].token_ids) for node in tree.path(leaf)) for leaf in tree.leaves)
+def _row_tokens(tree: Tree, shape: Shape) -> int:
+    """Tokens of the tree's rows."""
+    rows = shape.rows_below(tree)
+    return sum(rows[node] * len(tree.nodes[node].token_ids) for node in range(1, len(tree.nodes)))

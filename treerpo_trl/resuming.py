@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,7 @@ def put_state(trainer: Any, state: Mapping[str, Any]) -> None:
 
 def pack(scored: ScoredTree) -> dict[str, Any]:
     """A scored tree as plain data."""
-    nodes = [(node.parent, node.token_ids, node.ended, node.logprobs, node.score_norm) for node in scored.tree.nodes]
+    nodes = [astuple(node) for node in scored.tree.nodes]
     return {
         "nodes": nodes, "rewards": dict(scored.rewards), "values": scored.values, "advantages": scored.advantages,
         "kept": scored.kept,

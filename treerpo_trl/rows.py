@@ -5,7 +5,6 @@ Legend: B rows, T completion tokens, D depth, N nodes of all trees of the batch 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .credit import ScoredTree
+from .growth import Shape
 from .tree import ROOT, Tree
 
 
@@ -23,29 +23,13 @@ NO_NODE = -1
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def slots(tree: Tree, branching: Sequence[int]) -> list[int]:
-    """The leaf that each row of the tree ends in.
-
-    Row k is the k-th root-to-leaf path of the complete tree in depth-first order. A branch that ended early fills all
-    the slots that would have been below it, so that a plain mean over a node's rows is the node's value.
-
-    Args:
-        tree: A grown tree.
-        branching: [D] branching factors (N_1 .. N_D).
-
-    Returns:
-        [N_1 x .. x N_D] leaf indices.
-    """
-    return [leaf for leaf in tree.leaves for _ in range(math.prod(branching[tree.depths[leaf] :]))]
-
-
 def leaf_rewards(
-    trees: Sequence[Tree], branching: Sequence[int], rewards_B: Sequence[float | None]
+    trees: Sequence[Tree], shape: Shape, rewards_B: Sequence[float | None]
 ) -> list[dict[int, float | None]]:
     """The reward of each leaf of each tree, from those of the rows."""
     rewards, start = [], 0
     for tree in trees:
-        leaves = slots(tree, branching)
+        leaves = shape.slots(tree)
         rewards.append(dict(zip(leaves, rewards_B[start : start + len(leaves)], strict=True)))
         start += len(leaves)
     return rewards
@@ -64,25 +48,23 @@ class RowLayout:
     owned_BT: Tensor
 
 
-def lay_out(
-    trees: Sequence[Tree], branching: Sequence[int], width: int, active_B: Sequence[bool] | None = None
-) -> RowLayout:
+def lay_out(trees: Sequence[Tree], shape: Shape, width: int, active_B: Sequence[bool] | None = None) -> RowLayout:
     """Lay trees out as rows of `width` tokens; each node is owned by its first active row.
 
     Args:
         trees: The trees of the batch, in row order; node indices continue from tree to tree.
-        branching: [D] branching factors.
+        shape: Of the trees.
         width: T, at least the longest path.
         active_B: Rows that can carry loss; all of them by default. A node that only inactive rows pass is not owned.
     """
-    max_depth = len(branching)
+    max_depth = shape.max_depth
     paths: list[list[int]] = []
     ends: list[list[int]] = []
     owned: list[list[bool]] = []
     seen: set[int] = set()
     offset = 0
     for tree in trees:
-        for leaf in slots(tree, branching):
+        for leaf in shape.slots(tree):
             is_active = active_B is None or active_B[len(paths)]
             path = tree.path(leaf)
             missing = max_depth - len(path)
@@ -109,24 +91,24 @@ def project(node_BT: Tensor, value_N: Tensor) -> Tensor:
     return value_N[node_BT.clamp(min=0)].masked_fill(node_BT == NO_NODE, 0)
 
 
-def token_weights(tree: Tree, segment_length: int) -> list[float]:
+def token_weights(tree: Tree, longest_segment: int) -> list[float]:
     """Each token counts the same: the loss is a mean over all kept tokens (the authors' code)."""
     return [1.0] * len(tree.nodes)
 
 
-def node_weights(tree: Tree, segment_length: int) -> list[float]:
+def node_weights(tree: Tree, longest_segment: int) -> list[float]:
     """Each node counts the same: a token weighs L / |n|, |n| tokens in its node n (TreeRPO, eq. 5 as printed).
 
     The factor L makes a token of a full segment weigh 1, so that weights never sum to less than their count.
     """
-    return [0.0] + [segment_length / len(node.token_ids) for node in tree.nodes[ROOT + 1 :]]
+    return [0.0] + [longest_segment / len(node.token_ids) for node in tree.nodes[ROOT + 1 :]]
 
 
 LOSS_WEIGHTINGS: dict[str, Callable[[Tree, int], list[float]]] = {"token": token_weights, "node": node_weights}
 
 
 def credit_tokens(
-    layout: RowLayout, trees: Sequence[ScoredTree], loss_weighting: str, segment_length: int
+    layout: RowLayout, trees: Sequence[ScoredTree], loss_weighting: str, longest_segment: int
 ) -> tuple[Tensor, Tensor]:
     """What each token is trained with, and how much it counts in the loss.
 
@@ -134,7 +116,7 @@ def credit_tokens(
         layout: Of the same trees.
         trees: The scored trees of the batch, in row order.
         loss_weighting: A name in `LOSS_WEIGHTINGS`.
-        segment_length: L, most tokens of a segment.
+        longest_segment: L, most tokens of a segment.
 
     Returns:
         (B, T) advantage of the token's node; (B, T) weight of the token in the row that owns it, 0 in other rows and
@@ -144,7 +126,7 @@ def credit_tokens(
     advantage_N: list[float] = []
     weight_N: list[float] = []
     for scored in trees:
-        weights = weigh(scored.tree, segment_length)
+        weights = weigh(scored.tree, longest_segment)
         advantage_N += scored.advantages
         weight_N += [weight * kept for weight, kept in zip(weights, scored.kept, strict=True)]
     advantage_BT = project(layout.node_BT, torch.tensor(advantage_N))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 
@@ -20,14 +20,17 @@ class Segment:
         ended: Whether generation is over after this segment (it drew EOS or a stop string). A segment that merely
             reached its length limit has not ended: it can branch.
         logprobs: Log-probability, in nats, that each token was drawn with; `None` if the backend does not report it.
-        score_norm: Squared norm of the gradient of the segment's log-probability for the logits, the sum over its
-            tokens t of 1 - 2 p_t + sum_v p_v^2; `None` if the backend does not report it.
+        score_norms: Of each token t, the squared norm of the gradient of its log-probability for the logits,
+            1 - 2 p_t + sum_v p_v^2; `None` if the backend does not report it.
+        uncertainties: How uncertain the policy was of each token, in nats: what forks are chosen by; `None` if the
+            backend does not report it.
     """
 
     token_ids: tuple[int, ...]
     ended: bool
     logprobs: tuple[float, ...] | None = None
-    score_norm: float | None = None
+    score_norms: tuple[float, ...] | None = None
+    uncertainties: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,29 @@ class Node:
         token_ids: The tokens this node adds. The root's are the prompt's.
         ended: See [`Segment`]. An ended node is a leaf.
         logprobs: See [`Segment`].
-        score_norm: See [`Segment`].
+        score_norms: See [`Segment`].
+        uncertainties: See [`Segment`].
     """
 
     parent: int
     token_ids: tuple[int, ...]
     ended: bool = False
     logprobs: tuple[float, ...] | None = None
-    score_norm: float | None = None
+    score_norms: tuple[float, ...] | None = None
+    uncertainties: tuple[float, ...] | None = None
+
+    @property
+    def score_norm(self) -> float | None:
+        """The sum over the node's tokens of `score_norms`."""
+        return None if self.score_norms is None else sum(self.score_norms)
+
+    def piece(self, start: int, end: int, parent: int) -> Node:
+        """Tokens `start` to `end` of the node, below `parent`. Only the last piece ends as the node does."""
+        parts = (
+            None if values is None else values[start:end]
+            for values in (self.logprobs, self.score_norms, self.uncertainties)
+        )
+        return Node(parent, self.token_ids[start:end], self.ended and end == len(self.token_ids), *parts)
 
 
 @dataclass(frozen=True)
@@ -81,11 +99,41 @@ class Tree:
     def grow(self, segments: Mapping[int, Sequence[Segment]]) -> Tree:
         """The tree with new children: parent index -> its children's segments, in order."""
         children = [
-            Node(parent, segment.token_ids, segment.ended, segment.logprobs, segment.score_norm)
+            Node(
+                parent,
+                segment.token_ids,
+                segment.ended,
+                segment.logprobs,
+                segment.score_norms,
+                segment.uncertainties,
+            )
             for parent, group in segments.items()
             for segment in group
         ]
         return Tree(self.nodes + tuple(children))
+
+    def cut(self, offsets: Mapping[int, Sequence[int]]) -> tuple[Tree, dict[tuple[int, int], int]]:
+        """The tree with some nodes cut in pieces, each below the one before it; children hang below the last piece.
+
+        Args:
+            offsets: Node index -> after how many of its tokens to cut, in rising order, each at least 1 and less than
+                its number of tokens.
+
+        Returns:
+            The tree, and (node index here, offset) -> index there of the piece that ends at the cut.
+        """
+        nodes: list[Node] = []
+        last_piece: dict[int, int] = {NO_PARENT: NO_PARENT}
+        before: dict[tuple[int, int], int] = {}
+        for index, node in enumerate(self.nodes):
+            parent, start = last_piece[node.parent], 0
+            for end in offsets.get(index, ()):
+                nodes.append(node.piece(start, end, parent))
+                parent, start = len(nodes) - 1, end
+                before[index, end] = parent
+            nodes.append(node.piece(start, len(node.token_ids), parent) if start else replace(node, parent=parent))
+            last_piece[index] = len(nodes) - 1
+        return Tree(tuple(nodes)), before
 
     @cached_property
     def parents(self) -> tuple[int, ...]:
@@ -107,6 +155,14 @@ class Tree:
         for node in self.nodes[1:]:
             depths.append(depths[node.parent] + 1)
         return tuple(depths)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """[N] sampled tokens on the way to each node, its own included; the root has 0."""
+        lengths = [0]
+        for node in self.nodes[1:]:
+            lengths.append(lengths[node.parent] + len(node.token_ids))
+        return tuple(lengths)
 
     @cached_property
     def leaves(self) -> tuple[int, ...]:

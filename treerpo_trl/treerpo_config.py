@@ -15,6 +15,7 @@ from .checks.options import check_options
 from .checks.precision import bf16_explained
 from .checks.tree_shape import check_trees_fit, derive_tree, one_completion_allowed
 from .compatibility import refuse_oversized_engine, refuse_unsupported
+from .paper import paper_setting
 
 
 if TYPE_CHECKING:
@@ -43,6 +44,33 @@ class TreeRPOConfig(GRPOConfig):
         segment_length (`int`, *optional*):
             Most tokens of a segment, at which it branches (the paper's L_step). Defaults to `max_completion_length`
             divided by `max_depth`, rounded up, if that is given, else to `128`.
+        split_rule (`str`, *optional*, defaults to `"length"`):
+            Where a tree branches:
+
+            - `"length"`: each segment has `segment_length` tokens, as in the paper.
+            - `"delimiter"`: a segment ends after one of `step_delimiters`, or after `segment_length` tokens. Those at
+              depth D run to the end of the completion.
+            - `"uncertainty"`: `num_trunks` whole responses are drawn first. Then, in each of `fork_rounds` rounds,
+              each of them forks at its `forks_per_trunk` least certain tokens into `continuations_per_fork` new
+              continuations to the end, beside the one it has (EPTree of TreeRL). `branching_factor`, `max_depth` and
+              `segment_length` are not used.
+        step_delimiters (`list[str]`, *optional*, defaults to a blank line, `["\n\n"]`):
+            With `split_rule="delimiter"`: texts that end a segment, if they stand in its own tokens as a whole.
+        min_segment_length (`int`, *optional*, defaults to `1`):
+            With `"delimiter"`, fewest tokens of a segment that a delimiter ends; with `"uncertainty"`, fewest tokens
+            that a fork leaves on either side of it in the segment it cuts.
+        num_trunks (`int`, *optional*, defaults to `1`):
+            With `split_rule="uncertainty"`: M, whole responses a prompt. A single one has no siblings, so it takes
+            `advantage_estimator="optimal_baseline"`.
+        forks_per_trunk (`int`, *optional*, defaults to `2`):
+            K, forks of each trunk and all that has grown from it, a round; fewer where there are not as many places.
+        continuations_per_fork (`int`, *optional*, defaults to `1`):
+            T, new continuations of each fork.
+        fork_rounds (`int`, *optional*, defaults to `1`):
+            L, rounds of forks.
+        uncertainty_measure (`str`, *optional*, defaults to `"surprisal"`):
+            How uncertain the policy was of a token: `"surprisal"`, -log p of the token that was drawn; or `"entropy"`
+            of the distribution, which vLLM does not report.
         advantage_estimator (`str`, *optional*, defaults to `"treerpo"`):
             How the value V of a node becomes its advantage. Against its siblings, whose values have the mean mu:
 
@@ -87,11 +115,12 @@ class TreeRPOConfig(GRPOConfig):
             log-probabilities and gradients are those of dense rows. `"auto"` shares if the model can and warns with
             the reason if not; `True` makes that an error; `False` computes dense rows.
         num_generations (`int`, *optional*):
-            Leaves of the complete tree, N_1 x .. x N_D: the rows a prompt takes in the batch. Derived; if given, it is
-            checked. It may be 1 where every branching factor is.
+            Leaves of the complete tree, N_1 x .. x N_D, or M (1 + K T L) with `split_rule="uncertainty"`: the rows a
+            prompt takes in the batch. Derived; if given, it is checked. It may be 1 where every branching factor is.
         max_completion_length (`int`, *optional*):
             Most tokens of a completion. Defaults to `max_depth * segment_length`; it may be smaller by less than a
-            segment, which makes the last segment the shorter one.
+            segment, which makes the last segment the shorter one. With another `split_rule` than `"length"` it may be
+            anything; with `"uncertainty"` it defaults to `384`.
         loss_type (`str`, *optional*, defaults to `"dapo"`):
             As in TRL: `"dapo"`, `"cispo"`, `"dr_grpo"`; or `"bnpo"`, which normalizes by micro-batch, if
             `per_device_train_batch_size` is a multiple of `num_generations`, so that no tree is split.
@@ -129,6 +158,35 @@ class TreeRPOConfig(GRPOConfig):
         metadata={
             "help": "Most tokens of a segment, at which it branches. Defaults to `max_completion_length` divided by "
             "`max_depth`, rounded up, if that is given, else to 128."
+        },
+    )
+    split_rule: str = field(
+        default="length",
+        metadata={
+            "help": "Where a tree branches: 'length' (after `segment_length` tokens), 'delimiter' (after one of "
+            "`step_delimiters`) or 'uncertainty' (whole responses fork at their least certain tokens)."
+        },
+    )
+    step_delimiters: list[str] = field(
+        default_factory=lambda: ["\n\n"],
+        metadata={"help": "Texts that end a segment, with split_rule 'delimiter'. Defaults to a blank line."},
+    )
+    min_segment_length: int = field(
+        default=1,
+        metadata={"help": "Fewest tokens of a segment that a delimiter ends, or that a fork leaves on either side."},
+    )
+    num_trunks: int = field(default=1, metadata={"help": "Whole responses a prompt, with split_rule 'uncertainty'."})
+    forks_per_trunk: int = field(
+        default=2, metadata={"help": "Forks of each of these a round, with split_rule 'uncertainty'."}
+    )
+    continuations_per_fork: int = field(
+        default=1, metadata={"help": "New continuations of each fork, with split_rule 'uncertainty'."}
+    )
+    fork_rounds: int = field(default=1, metadata={"help": "Rounds of forks, with split_rule 'uncertainty'."})
+    uncertainty_measure: str = field(
+        default="surprisal",
+        metadata={
+            "help": "'surprisal' (-log p of the token drawn) or 'entropy' (of its distribution; not with vLLM)."
         },
     )
     advantage_estimator: str = field(
@@ -173,7 +231,7 @@ class TreeRPOConfig(GRPOConfig):
     )
     num_generations: int | None = field(
         default=None,
-        metadata={"help": "Leaves of the complete tree. Derived from the tree; if given, it is checked."},
+        metadata={"help": "Rows a prompt takes, the leaves of a whole tree. Derived; if given, it is checked."},
     )
     max_completion_length: int | None = field(
         default=None,
@@ -212,7 +270,6 @@ class TreeRPOConfig(GRPOConfig):
         check_normalizer(self)
         check_prune_threshold(self)
         check_min_advantage(self)
-        self._check_tree_log()
         if self.generation_batch_size is None:
             check_trees_fit(self, self.steps_per_generation or self.gradient_accumulation_steps)
         with bf16_explained(self), one_completion_allowed(self):
@@ -240,47 +297,4 @@ class TreeRPOConfig(GRPOConfig):
         Raises:
             ValueError: 128 trees of 512 rows do not divide into two updates of whole micro-batches.
         """
-        rows, micro_batch = 128 * 8**3, num_processes * per_device_train_batch_size
-        if rows % (2 * micro_batch):
-            raise ValueError(
-                f"128 prompts of 512 rows do not divide into two updates over num_processes={num_processes} with "
-                f"per_device_train_batch_size={per_device_train_batch_size}; use powers of two"
-            )
-        batch = {
-            "per_device_train_batch_size": per_device_train_batch_size,
-            "steps_per_generation": rows // micro_batch,
-            "gradient_accumulation_steps": rows // micro_batch // 2,
-        }
-        length = {"max_steps": -1} if "num_train_epochs" in overrides else {}  # max_steps would win over it
-        return cls(output_dir=output_dir, **{**PAPER_SETTING, **batch, **length, **overrides})
-
-    def _check_tree_log(self) -> None:
-        if self.log_trees_steps is not None and not self.log_trees:
-            raise ValueError(
-                f"log_trees_steps is {self.log_trees_steps}, but log_trees is False; set log_trees=True, or leave "
-                "log_trees_steps unset"
-            )
-        if self.log_trees_steps is not None and self.log_trees_steps < 1:
-            raise ValueError(f"log_trees_steps is {self.log_trees_steps}; trees are written every 1 or more steps")
-        if self.num_trees_to_print < 0:
-            raise ValueError(f"num_trees_to_print is {self.num_trees_to_print}; use 0 to print none")
-
-
-PAPER_SETTING: dict[str, Any] = {
-    "branching_factor": 8,
-    "max_depth": 3,
-    "segment_length": 384,
-    "advantage_estimator": "treerpo",
-    "prune_threshold": 0.1,
-    "loss_weighting": "token",
-    "loss_type": "dapo",
-    "temperature": 0.6,
-    "epsilon": 0.2,
-    "beta": 0.001,
-    "use_bias_correction_kl": False,  # the KL term is k3 alone, not weighted by the ratio
-    "entropy_coef": 0.001,
-    "learning_rate": 1e-6,
-    "lr_scheduler_type": "constant",
-    "weight_decay": 0.01,
-    "max_steps": 600,  # 300 of verl's steps, which are generation batches, of two updates each
-}
+        return cls(output_dir, **paper_setting(num_processes, per_device_train_batch_size, overrides))

@@ -20,7 +20,7 @@ from .adapters import check_adapter, check_quantization, prepare_adapter
 from .callbacks import TreeLoggingCallback
 from .checks.generation_options import check_generation_options, options_on_trees
 from .credit import ESTIMATORS, ScoredTree, assign_batch
-from .growth import TreeShape, grow
+from .growth import grow, shape_of, statistics_of
 from .growth.backends import TransformersBackend, VLLMBackend, find_context_length
 from .metrics import Metrics, pool, step_metrics, tree_metrics
 from .model_card import PAPER, write_model_card
@@ -36,7 +36,6 @@ from .rows import (
     leave_out_small,
     row_means,
     shuffle_micro_batches,
-    slots,
 )
 from .scoring import DistinctRows, RowRewards, check_rewards, score_once
 from .timing import PhaseTimer, timed
@@ -151,9 +150,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         check_processing_class(self.processing_class, train_dataset, eval_dataset)
         check_generation_options(args, self.model.generation_config, self.eos_token_ids)
         config: Any = args  # whose optional fields are all resolved
-        self.tree_shape = TreeShape(
-            tuple(config.branching_factor), config.segment_length, config.max_completion_length
-        )
+        self.tree_shape = shape_of(config)
         self.last_trees: list[ScoredTree] = []
         self._trees: list[Tree] = []
         self._can_fork_caches: bool | None = None  # not known yet
@@ -196,12 +193,15 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         prompts = prompt_ids[::num_generations]
         check_prompt_lengths(prompts, self._max_prompt_length, self.max_completion_length)
         self._trees = self._grow_with_vllm(prompts) if self.use_vllm else self._grow(prompts)
-        rows = [(tree, leaf) for tree in self._trees for leaf in slots(tree, self.tree_shape.branching)]
+        rows = [(tree, leaf) for tree in self._trees for leaf in self.tree_shape.slots(tree)]
         completion_ids = [tree.completion_ids(leaf) for tree, leaf in rows]
         return completion_ids, [tree.completion_logprobs(leaf) for tree, leaf in rows] if self.use_vllm else None
 
     def _grow(self, prompts: list[list[int]]) -> list[Tree]:
-        with self._generating() as model, options_on_trees(model, self.generation_config) as options:
+        with (
+            self._generating() as model,
+            options_on_trees(model, self.generation_config, self.args.split_rule) as options,
+        ):
             backend = TransformersBackend(
                 model=model,
                 generation_config=options,
@@ -211,7 +211,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
                 tokenizer=self._tokenizer,
                 fork_caches=self._can_fork_caches,
                 synced_gpus=self._must_sync_generation,
-                with_score_norms=ESTIMATORS[self.args.advantage_estimator].of_forest is not None,
+                statistics=statistics_of(self.args, ESTIMATORS[self.args.advantage_estimator].of_forest is not None),
             )
             trees = grow(prompts, self.tree_shape, backend)
             self._can_fork_caches = backend.fork_caches
@@ -278,13 +278,13 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         device, completion_mask = output["completion_ids"].device, output["completion_mask"]
         layout = lay_out(
             self._trees,
-            self.tree_shape.branching,
+            self.tree_shape,
             width=completion_mask.size(1),
             active_B=completion_mask.any(dim=1).tolist(),  # mask_truncated_completions empties rows
         )
         advantages, weights = (
             values.to(device)
-            for values in credit_tokens(layout, trees, self.args.loss_weighting, self.tree_shape.segment_length)
+            for values in credit_tokens(layout, trees, self.args.loss_weighting, self.tree_shape.longest_segment)
         )
         # In the completions table, which holds one batch, a row's advantage is the mean over its tokens.
         self._logs["advantages"].extend(gather(row_means(advantages, layout)).tolist())
@@ -293,7 +293,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         sums = torch.stack([weights.sum(), loss_mask.sum()])
         whole_weight, trained_weight = self.accelerator.gather(sums[None]).sum(dim=0)
         rewards, trained = self._rewards, int((loss_mask > 0).sum())
-        metrics = tree_metrics(trees, self.tree_shape.branching, rewards.distinct, rewards.by_func, trained)
+        metrics = tree_metrics(trees, self.tree_shape, rewards.distinct, rewards.by_func, trained)
         self._starvation_watch.check(self._log_pooled(metrics), trained_weight)
         return {
             **output,
@@ -305,10 +305,10 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
 
     def _assign_credit(self) -> list[ScoredTree]:
         """Score the trees of all processes with the rewards of their leaves."""
-        branching, process = self.tree_shape.branching, self.accelerator.process_index
+        process = self.accelerator.process_index
         return assign_batch(
             self._trees,
-            leaf_rewards(self._trees, branching, self._rewards.total),
+            leaf_rewards(self._trees, self.tree_shape, self._rewards.total),
             self.args.advantage_estimator,
             self.args.prune_threshold,
             rows_below=self.tree_shape.rows_below,

@@ -17,6 +17,11 @@ WHOLE_NUMBERS = {
     "num_generations": True,
     "max_completion_length": True,
     "max_frontier_rows": False,
+    "min_segment_length": False,
+    "num_trunks": False,
+    "forks_per_trunk": False,
+    "continuations_per_fork": False,
+    "fork_rounds": False,
     "log_trees_steps": True,
     "num_trees_to_print": False,
 }
@@ -54,6 +59,7 @@ def check_options(config: Any) -> None:
     if config.prune_threshold is not None:  # whether any group exceeds it is checked with the objective
         config.prune_threshold = real_number("prune_threshold", config.prune_threshold)
     _check_sampling(config)
+    _check_tree_log(config)
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -120,6 +126,18 @@ def _check_sampling(config: Any) -> None:
     config.repetition_penalty = real_number("repetition_penalty", config.repetition_penalty)
     if not 0 < config.repetition_penalty < math.inf:
         raise ValueError(f"repetition_penalty is {config.repetition_penalty:g}; use a number above 0, 1.0 for none")
+
+
+def _check_tree_log(config: Any) -> None:
+    if config.log_trees_steps is not None and not config.log_trees:
+        raise ValueError(
+            f"log_trees_steps is {config.log_trees_steps}, but log_trees is False; set log_trees=True, or leave "
+            "log_trees_steps unset"
+        )
+    if config.log_trees_steps is not None and config.log_trees_steps < 1:
+        raise ValueError(f"log_trees_steps is {config.log_trees_steps}; trees are written every 1 or more steps")
+    if config.num_trees_to_print < 0:
+        raise ValueError(f"num_trees_to_print is {config.num_trees_to_print}; use 0 to print none")
 
 
 def _flag(name: str, value: Any) -> bool:

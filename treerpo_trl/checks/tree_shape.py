@@ -10,6 +10,7 @@ from typing import Any
 
 from ..credit import ESTIMATORS
 from .options import whole_number
+from .split_rule import check_split_rule, derive_forks
 
 
 DEFAULT_MAX_DEPTH = 3
@@ -28,6 +29,12 @@ def derive_tree(config: Any) -> None:
         TypeError: The branching factor is no whole number and no list of them.
         ValueError: The fields contradict each other, or no tree can have that shape.
     """
+    check_split_rule(config)
+    if config.max_frontier_rows < 1:
+        raise ValueError(f"max_frontier_rows is {config.max_frontier_rows}; at least one row must be decoded")
+    if config.split_rule == "uncertainty":
+        derive_forks(config)
+        return
     given: Any = config.branching_factor
     branching = _whole_numbers(given)
     if config.max_depth is None:
@@ -51,8 +58,6 @@ def derive_tree(config: Any) -> None:
             + _suggest_shapes(config.num_generations)
         )
     config.num_generations = leaves
-    if config.max_frontier_rows < 1:
-        raise ValueError(f"max_frontier_rows is {config.max_frontier_rows}; at least one row must be decoded")
     _derive_lengths(config, config.max_depth)
 
 
@@ -127,9 +132,16 @@ def _derive_lengths(config: Any, depth: int) -> None:
         config.segment_length = DEFAULT_SEGMENT_LENGTH if given is None else math.ceil(given / depth)
     if config.segment_length < 1:
         raise ValueError(f"segment_length is {config.segment_length}; a segment has at least one token")
+    if config.min_segment_length > config.segment_length:
+        raise ValueError(
+            f"min_segment_length is {config.min_segment_length}, but a segment has at most segment_length="
+            f"{config.segment_length} tokens; lower it"
+        )
     most = depth * config.segment_length
     if config.max_completion_length is None:
         config.max_completion_length = most
+    if config.split_rule == "delimiter":  # whose last segments run on
+        return
     if not most - config.segment_length < config.max_completion_length <= most:
         raise ValueError(
             f"max_completion_length is {config.max_completion_length}, but {depth} segments of "

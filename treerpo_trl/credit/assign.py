@@ -47,7 +47,7 @@ def assign_batch(
     rewards: Sequence[Mapping[int, float | None]],
     estimator: str = "treerpo",
     prune_threshold: float | None = 0.1,
-    rows_below: Sequence[int] | None = None,
+    rows_below: Callable[[Tree], Sequence[int]] | None = None,
     gather: Callable[[list[ValuedTree]], tuple[Forest, int]] | None = None,
 ) -> list[ScoredTree]:
     """Values, kept nodes and advantages of the trees of a batch, from the rewards of their leaves.
@@ -57,7 +57,7 @@ def assign_batch(
         rewards: Of each tree, leaf index -> reward, `None` if unscorable.
         estimator: A name in `ESTIMATORS`.
         prune_threshold: tau of [`is_kept`], for estimators that compare siblings.
-        rows_below: [D + 1] leaves of the complete tree below a node, by depth; all 1 by default.
+        rows_below: Gives the rows of the batch that pass through each node of a tree; all 1 by default.
         gather: Gives the trees of all processes, in order, and the place of this process's first one. By default this
             process is the only one.
 
@@ -68,12 +68,11 @@ def assign_batch(
         for leaf, reward in tree_rewards.items():
             check_reward(reward, leaf, estimator)
     chosen = ESTIMATORS[estimator]
-    own = [ValuedTree.of(tree, tree_rewards) for tree, tree_rewards in zip(trees, rewards, strict=True)]
+    own = [ValuedTree.of(tree, tree_rewards, rows_below) for tree, tree_rewards in zip(trees, rewards, strict=True)]
     forest, start = gather(own) if gather is not None and chosen.needs_batch else (own, 0)
     kept = [_kept(tree, chosen, prune_threshold) for tree in own]
     if chosen.of_forest is not None:
-        depth = max((max(tree.depths) for tree in forest), default=0)
-        advantages = chosen.of_forest(forest, rows_below or [1] * (depth + 1))
+        advantages = chosen.of_forest(forest)
     else:
         advantages = [_of_tree(tree, chosen) for tree in forest]
     if chosen.has_unit_rms:

@@ -20,8 +20,8 @@ RIDGE = 0.02  # on the slopes, as a share of the weighted variance of what they 
 FLAT = 1e-10  # share of a square below which a variance is taken for rounding; rewards are float32
 
 
-def optimal_baseline(forest: Sequence[ValuedTree], rows_below: Sequence[int]) -> list[list[float]]:
-    """A(c) = sqrt(r_d) (V(c) - b_d(c)): the variance-optimal baseline, fitted to the other trees of the batch.
+def optimal_baseline(forest: Sequence[ValuedTree]) -> list[list[float]]:
+    """A(c) = sqrt(r(c)) (V(c) - b_d(c)): the variance-optimal baseline, fitted to the other trees of the batch.
 
     A baseline that does not depend on c's own sample leaves the expected gradient as it is. The one with the least
     variance is not the mean of V but the mean weighted by the squared norm of the score, E[|S|^2 V] / E[|S|^2]
@@ -37,18 +37,17 @@ def optimal_baseline(forest: Sequence[ValuedTree], rows_below: Sequence[int]) ->
     mean is left. b0, a and s are fitted without c's tree (s without it twice: each tree is predicted from the rest),
     and x_k does not depend on c either. So the estimator is unbiased up to a positive factor for each depth. Where no
     other tree has a node at the depth, b is the mean reward of the tree's leaves outside c, and 0 where there is none.
+    r(c) are the rows of the batch that pass through c: what a sample of its value costs.
 
     Args:
         forest: The trees of the whole batch, of all processes.
-        rows_below: [D + 1] r_d, leaves of the complete tree below a node at depth d: one sample of the value at depth
-            d costs as many rows.
 
     Returns:
         [T][N] advantages; 0 at roots and at nodes without a value.
     """
     advantages = [[0.0] * len(tree.parents) for tree in forest]
     features = [_sibling_means(tree) for tree in forest]
-    for depth in range(1, len(rows_below)):
+    for depth in range(1, max((max(tree.depths) for tree in forest), default=0) + 1):
         nodes = [
             (index, node)
             for index, tree in enumerate(forest)
@@ -65,7 +64,7 @@ def optimal_baseline(forest: Sequence[ValuedTree], rows_below: Sequence[int]) ->
         for (index, node), value, baseline in zip(nodes, value_M, baseline_M, strict=True):
             if math.isnan(baseline):
                 baseline = _mean_outside(forest[index], node)
-            advantages[index][node] = math.sqrt(rows_below[depth]) * float(value - baseline)
+            advantages[index][node] = math.sqrt(forest[index].rows[node]) * float(value - baseline)
     return advantages
 
 

@@ -18,7 +18,7 @@ class Estimator:
     Args:
         of_group: Values of a group of two or more siblings -> their advantages. Groups of little range are pruned.
         of_tree: A tree -> [N] advantages.
-        of_forest: All trees of the batch, and [D + 1] the rows below a node by depth -> [N] advantages of each tree.
+        of_forest: All trees of the batch -> [N] advantages of each tree.
         needs_unit_interval: Whether rewards have to lie in [0, 1].
         needs_siblings: Whether a node without siblings is never trained.
         has_unit_rms: Whether advantages are divided by their root mean square over the tokens of the batch.
@@ -26,7 +26,7 @@ class Estimator:
 
     of_group: Callable[[Sequence[float]], list[float]] | None = None
     of_tree: Callable[[ValuedTree], list[float]] | None = None
-    of_forest: Callable[[Sequence[ValuedTree], Sequence[int]], list[list[float]]] | None = None
+    of_forest: Callable[[Sequence[ValuedTree]], list[list[float]]] | None = None
     needs_unit_interval: bool = False
     needs_siblings: bool = True
     has_unit_rms: bool = False

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -80,6 +80,7 @@ class ValuedTree:
         values: [N] V of each node; `None` where no leaf below could be scored.
         rewards: Leaf index -> reward, `None` if unscorable.
         num_tokens: [N] sampled tokens of each node; 0 at the root.
+        rows: [N] rows of the batch that pass through each node: what a sample of its value costs.
         score_norms: [N] squared norm of each node's score (the gradient of its log-probability), summed over its
             tokens, as far as it is known; otherwise its number of tokens.
     """
@@ -89,18 +90,22 @@ class ValuedTree:
     values: tuple[float | None, ...]
     rewards: Mapping[int, float | None]
     num_tokens: tuple[int, ...]
+    rows: tuple[int, ...]
     score_norms: tuple[float, ...]
 
     @classmethod
-    def of(cls, tree: Tree, rewards: Mapping[int, float | None]) -> ValuedTree:
-        """Values of a tree whose leaves have these rewards."""
+    def of(
+        cls, tree: Tree, rewards: Mapping[int, float | None], rows_below: Callable[[Tree], Sequence[int]] | None = None
+    ) -> ValuedTree:
+        """Values of a tree whose leaves have these rewards; `rows_below` gives the rows of its nodes, by default 1."""
         num_tokens = (0, *(len(node.token_ids) for node in tree.nodes[1:]))
         norms = tuple(
             float(length) if node.score_norm is None else node.score_norm
             for node, length in zip(tree.nodes, num_tokens, strict=True)
         )
         values = tuple(back_up(tree.parents, rewards))
-        return cls(tree.parents, tree.depths, values, dict(rewards), num_tokens, norms)
+        rows = (1,) * len(tree.nodes) if rows_below is None else tuple(rows_below(tree))
+        return cls(tree.parents, tree.depths, values, dict(rewards), num_tokens, rows, norms)
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:

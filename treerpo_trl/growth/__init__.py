@@ -1,6 +1,20 @@
 """Growing trees: when and where to branch, and what draws the segments (`backends`)."""
 
-from .waves import Backend, TreeShape, Wave, grow, plan_wave
+from .forks import ForkShape, choose_forks
+from .from_config import shape_of, statistics_of
+from .shape import TreeShape
+from .waves import Backend, Delimiters, Shape, Wave, grow
 
 
-__all__ = ["Backend", "TreeShape", "Wave", "grow", "plan_wave"]
+__all__ = [
+    "Backend",
+    "Delimiters",
+    "ForkShape",
+    "Shape",
+    "TreeShape",
+    "Wave",
+    "choose_forks",
+    "grow",
+    "shape_of",
+    "statistics_of",
+]

@@ -1,8 +1,7 @@
-"""When to branch: the shape of a tree, the plan of a wave, and the loop that grows trees wave by wave."""
+"""Growing trees wave by wave: what a shape plans, what a backend draws, and the loop between them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,92 +10,86 @@ from ..tree import Segment, Tree
 
 
 @dataclass(frozen=True, slots=True)
-class TreeShape:
-    """How wide, how deep and how long a tree may grow.
+class Delimiters:
+    """Texts after which a segment ends.
 
     Args:
-        branching: [D] number of children of an unfinished node, by depth (N_1 .. N_D).
-        segment_length: Most tokens of a segment (the paper's L_step).
-        max_completion_length: Most tokens of a root-to-leaf path. At most D * segment_length; when less, the last
-            segment is the shorter one.
+        texts: Any of them ends a segment, if it stands in the segment's own tokens as a whole.
+        min_tokens: Fewest tokens of a segment that one ends.
     """
 
-    branching: tuple[int, ...]
-    segment_length: int
-    max_completion_length: int
-
-    @property
-    def max_depth(self) -> int:
-        """D."""
-        return len(self.branching)
-
-    @property
-    def num_leaves(self) -> int:
-        """Leaves of the complete tree, N_1 x .. x N_D: the rows a prompt takes in the batch."""
-        return math.prod(self.branching)
-
-    @property
-    def rows_below(self) -> tuple[int, ...]:
-        """[D + 1] leaves of the complete tree below a node, by depth: the rows that pass through it."""
-        return tuple(math.prod(self.branching[depth:]) for depth in range(self.max_depth + 1))
-
-    def max_tokens(self, depth: int) -> int:
-        """Most tokens of a segment at `depth` (1..D)."""
-        return min(self.segment_length, self.max_completion_length - (depth - 1) * self.segment_length)
+    texts: tuple[str, ...]
+    min_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """Which nodes branch next, all of one depth.
+    """Which nodes branch next.
 
     Args:
         branches: (index of the tree, index of the node) of each parent-to-be, tree by tree.
         num_children: Children each of them gets.
-        max_tokens: Most tokens of each child.
-        is_last: Whether the children are leaves in any case, so that nothing needs to be kept to continue from them.
+        max_tokens: Most tokens of each child of a branch, for each branch.
+        is_last: Whether the children run to the end of the completion.
+        delimiters: What ends a child before its length limit; `None` for nothing.
     """
 
     branches: tuple[tuple[int, int], ...]
     num_children: int
-    max_tokens: int
+    max_tokens: tuple[int, ...]
     is_last: bool
+    delimiters: Delimiters | None = None
+
+
+class Shape(Protocol):
+    """When and where trees branch, and the rows that they take in a batch."""
+
+    @property
+    def num_waves(self) -> int:
+        """Waves that a tree is grown in."""
+        ...
+
+    @property
+    def num_leaves(self) -> int:
+        """Most leaves of a tree: the rows that a prompt takes."""
+        ...
+
+    @property
+    def max_depth(self) -> int:
+        """Most segments of a path."""
+        ...
+
+    @property
+    def longest_segment(self) -> int:
+        """Most tokens of a segment."""
+        ...
+
+    def plan(self, trees: Sequence[Tree], wave: int) -> tuple[list[Tree], Wave]:
+        """The trees as the wave finds them, and the wave."""
+        ...
+
+    def rows_below(self, tree: Tree) -> list[int]:
+        """[N] rows that pass through each node."""
+        ...
+
+    def slots(self, tree: Tree) -> list[int]:
+        """[num_leaves] the leaf that each row ends in."""
+        ...
 
 
 class Backend(Protocol):
     """Draws segments: prefixes in, segments out."""
 
-    def extend(
-        self,
-        trees: Sequence[Tree],
-        branches: Sequence[tuple[int, int]],
-        num_children: int,
-        max_tokens: int,
-        is_last: bool,
-    ) -> list[list[Segment]]:
-        """Draw `num_children` segments below each branch, i.i.d. given the prompt and the path (see [`Wave`])."""
+    def extend(self, trees: Sequence[Tree], wave: Wave) -> list[list[Segment]]:
+        """Draw the wave's segments: for each branch its children, i.i.d. given the prompt and the path."""
         ...
 
 
-def plan_wave(trees: Sequence[Tree], shape: TreeShape, depth: int) -> Wave:
-    """Every unfinished node at `depth` - 1 gets N_depth children (TreeRPO, section 3.1).
+def grow(prompts: Sequence[Sequence[int]], shape: Shape, backend: Backend) -> list[Tree]:
+    """Grow one tree per prompt.
 
-    Returns:
-        The wave; without branches if every path has ended above.
-    """
-    branches = tuple(
-        (tree_index, node_index)
-        for tree_index, tree in enumerate(trees)
-        for node_index, node in enumerate(tree.nodes)
-        if tree.depths[node_index] == depth - 1 and not node.ended
-    )
-    return Wave(branches, shape.branching[depth - 1], shape.max_tokens(depth), is_last=depth == shape.max_depth)
-
-
-def grow(prompts: Sequence[Sequence[int]], shape: TreeShape, backend: Backend) -> list[Tree]:
-    """Grow one tree per prompt, one wave a depth.
-
-    The backend is asked D times whatever happens, with an empty wave once every path has ended: processes that share
-    a sharded model must make the same calls.
+    The backend is asked once a wave whatever happens, with an empty wave once every path has ended: processes that
+    share a sharded model must make the same calls.
 
     Args:
         prompts: Token ids of each prompt.
@@ -107,9 +100,9 @@ def grow(prompts: Sequence[Sequence[int]], shape: TreeShape, backend: Backend) -
         One tree per prompt, in order.
     """
     trees = [Tree.from_prompt(prompt) for prompt in prompts]
-    for depth in range(1, shape.max_depth + 1):
-        wave = plan_wave(trees, shape, depth)
-        segments = backend.extend(trees, wave.branches, wave.num_children, wave.max_tokens, wave.is_last)
+    for index in range(shape.num_waves):
+        trees, wave = shape.plan(trees, index)
+        segments = backend.extend(trees, wave)
         children: list[dict[int, list[Segment]]] = [{} for _ in trees]
         for (tree_index, node_index), group in zip(wave.branches, segments, strict=True):
             children[tree_index][node_index] = group

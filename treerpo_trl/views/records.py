@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..credit import ScoredTree
+from ..growth import Shape
 from ..tree import ROOT
 from .files import replacing
 from .summary import Record, Summary, by_tree, summarise
@@ -53,7 +53,7 @@ def tree_records(
     tokenizer: Tokenizer,
     step: int,
     *,
-    branching: Sequence[int],
+    shape: Shape,
     process: int = 0,
     first_tree: int = 0,
 ) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def tree_records(
         trees: One process's trees, such as `trainer.last_trees`.
         tokenizer: Decodes the steps.
         step: The optimizer step.
-        branching: [D] branching factors (N_1 .. N_D).
+        shape: What the trees were grown with, such as `trainer.tree_shape`.
         process: Index of the process.
         first_tree: Index of the first of `trees` within the step: how many trees the processes before hold.
 
@@ -71,30 +71,25 @@ def tree_records(
         Records of plain Python values, tree by tree, each tree's nodes in order.
 
     Raises:
-        ValueError: A node has another number of children than `branching` says.
+        ValueError: A tree was grown with another shape.
     """
     return [
         {"step": step, "tree": first_tree + index, "process": process, **record}
         for index, scored in enumerate(trees)
-        for record in _node_records(scored, tokenizer, branching)
+        for record in _node_records(scored, tokenizer, shape)
     ]
 
 
-def _node_records(scored: ScoredTree, tokenizer: Tokenizer, branching: Sequence[int]) -> list[dict[str, Any]]:
-    tree, records = scored.tree, []
+def _node_records(scored: ScoredTree, tokenizer: Tokenizer, shape: Shape) -> list[dict[str, Any]]:
+    tree, rows, records = scored.tree, shape.rows_below(scored.tree), []
     group_means = [_group_mean(scored, group) for group in tree.children]
     for index, node in enumerate(tree.nodes):
-        depth, children, is_leaf = tree.depths[index], tree.children[index], index != ROOT and not tree.children[index]
-        if children and (depth >= len(branching) or len(children) != branching[depth]):
-            raise ValueError(
-                f"node {index} at depth {depth} has {len(children)} children, which branching {tuple(branching)} does "
-                "not give it; pass the branching factors that the tree was grown with"
-            )
+        is_leaf = index != ROOT and not tree.children[index]
         records.append(
             {
                 "node": index,
                 "parent": node.parent,
-                "depth": depth,
+                "depth": tree.depths[index],
                 "text": decode(tokenizer, node.token_ids),
                 "token_ids": list(node.token_ids),
                 "num_tokens": len(node.token_ids),
@@ -106,7 +101,7 @@ def _node_records(scored: ScoredTree, tokenizer: Tokenizer, branching: Sequence[
                 "kept": scored.kept[index],
                 "reward": scored.rewards.get(index),
                 "answer": leaf_answer(tree, index, tokenizer) if is_leaf else None,
-                "rows": math.prod(branching[depth:]),
+                "rows": rows[index],
                 "score_norm": node.score_norm,
             }
         )

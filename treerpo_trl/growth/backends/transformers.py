@@ -22,15 +22,14 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    StopStringCriteria,
 )
 
-from ...tree import ROOT, Segment, Tree
+from ...tree import Segment, Tree
+from ..waves import Wave
 from .caches import check_forkable, fork, put_row_state, take_row_state
+from .endings import Endings
 from .options import options_of_segment
-from .score_norms import ScoreNorms
-from .stop_strings import StopStringWatcher
+from .token_statistics import TokenStatistics
 from .trial import find_fault
 
 
@@ -42,7 +41,7 @@ class _Block:
         input_ids: (R, P) prefixes, prompts left-padded.
         attention_mask: (R, P) 0 on padding.
         cache: Keys and values of the first P - 1 positions; `None` to prefill whole prefixes instead.
-        num_sampled: How many of the P tokens were sampled, after the prompts.
+        num_sampled: How many of the P tokens were sampled, after the prompts; the fewest of any row.
         row_state: What the model had of these rows on itself.
     """
 
@@ -56,10 +55,11 @@ class _Block:
 class TransformersBackend:
     """Draws segments with a transformers model.
 
-    The prompts are prefilled once. A node's children continue from a fork of its cache, so a token is computed once
-    however many leaves lie below it. To continue, `generate` must be fed one token, so the last token of a prefix is
-    computed by each child, and that of a leaf never: in all, a tree costs one position per sampled token, plus the
-    prompt but its last token.
+    The prompts are prefilled once. Where segments end at a fixed length, a node's children continue from a fork of
+    its cache, so a token is computed once however many leaves lie below it. To continue, `generate` must be fed one
+    token, so the last token of a prefix is computed by each child, and that of a leaf never: in all, a tree costs one
+    position per sampled token, plus the prompt but its last token. Where segments end anywhere, each prefix that
+    branches is prefilled once more, in parallel, and its children continue from forks of that.
 
     One backend serves one call of [`~treerpo_trl.growth.grow`].
 
@@ -69,14 +69,14 @@ class TransformersBackend:
         eos_token_ids: Every token that ends a completion.
         pad_token_id: What to pad with; it may be one of `eos_token_ids`.
         max_rows: Most rows to decode at a time. It bounds the memory of decoding; branches that go on are kept, too.
-        tokenizer: Needed for `generation_config.stop_strings` only.
+        tokenizer: Needed for `generation_config.stop_strings` and delimiters only.
         fork_caches: Whether to continue from forked caches. `False` prefills every prefix again, which is slower and
             draws from the same distribution. `None` tries out on the first prompts whether forks are right for this
             model, and warns if they are not. The attribute of this name has the outcome, for the next backend.
         synced_gpus: Whether processes hold shards of one model, so that all must run it equally often. Each then makes
             as many calls a wave as the one with most, and each call lasts until all have finished theirs. Every
             process must bring the same number of trees.
-        with_score_norms: Whether segments get their `score_norm`.
+        statistics: What to note of each token: names of [`TokenStatistics`].
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TransformersBackend:
         tokenizer: PreTrainedTokenizerBase | None = None,
         fork_caches: bool | None = None,
         synced_gpus: bool = False,
-        with_score_norms: bool = False,
+        statistics: Sequence[str] = (),
     ):
         self.model = model
         self.generation_config = copy.deepcopy(generation_config)
@@ -100,27 +100,24 @@ class TransformersBackend:
         self.max_rows = max_rows
         self.fork_caches = fork_caches
         self.synced_gpus = synced_gpus
-        self.with_score_norms = with_score_norms
+        self.statistics = tuple(statistics)
         # `generate` would stop at them without telling which rows stopped, so they are watched here.
         self.stop_strings = self.generation_config.stop_strings
         self.generation_config.stop_strings = None
         self.tokenizer = tokenizer
         self._places: dict[tuple[int, int], tuple[_Block, int]] = {}
 
-    def extend(
-        self,
-        trees: Sequence[Tree],
-        branches: Sequence[tuple[int, int]],
-        num_children: int,
-        max_tokens: int,
-        is_last: bool,
-    ) -> list[list[Segment]]:
+    def extend(self, trees: Sequence[Tree], wave: Wave) -> list[list[Segment]]:
         """See [`~treerpo_trl.growth.Backend`]."""
+        branches, num_children = wave.branches, wave.num_children
+        max_tokens = dict(zip(branches, wave.max_tokens, strict=True))
         if self.fork_caches is None:
             self.fork_caches = self._can_fork([tree.prompt_ids for tree in trees])
-        roots = [branch for branch in branches if branch[1] == ROOT]
-        for start in range(0, len(roots), self.max_rows):
-            self._prefill(trees, roots[start : start + self.max_rows])
+        unknown = [branch for branch in branches if branch not in self._places]
+        if self.synced_gpus and self.fork_caches:
+            self._keep_pace(-(-len(unknown) // self.max_rows))
+        for start in range(0, len(unknown), self.max_rows):
+            self._prefill(trees, unknown[start : start + self.max_rows])
         first_child = _first_children(trees, branches, num_children)
         parents_by_block: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for branch in branches:
@@ -134,7 +131,7 @@ class TransformersBackend:
             rows = [parent for parent in parents for _ in range(num_children)]
             for start in range(0, len(rows), self.max_rows):
                 chunk = rows[start : start + self.max_rows]
-                block, drawn = self._draw(chunk, max_tokens, is_last)
+                block, drawn = self._draw(chunk, [max_tokens[parent] for parent in chunk], wave)
                 alive = 0
                 for parent, segment in zip(chunk, drawn, strict=True):
                     if block is not None and not segment.ended:
@@ -157,14 +154,22 @@ class TransformersBackend:
             )
         return fault is None
 
-    def _prefill(self, trees: Sequence[Tree], roots: Sequence[tuple[int, int]]) -> None:
-        """Compute the prompts but their last tokens, which `generate` is fed to continue."""
-        prompts = [trees[tree_index].prompt_ids for tree_index, _ in roots]
-        width = max(len(prompt) for prompt in prompts)
+    def _prefill(self, trees: Sequence[Tree], branches: Sequence[tuple[int, int]]) -> None:
+        """Compute prefixes but their last tokens, which `generate` is fed to continue."""
+        sampled = [trees[tree_index].completion_ids(node) for tree_index, node in branches]
+        prefixes = [
+            [*trees[tree_index].prompt_ids, *ids] for (tree_index, _), ids in zip(branches, sampled, strict=True)
+        ]
+        width = max(len(prefix) for prefix in prefixes)
         device = self.model.device
-        padded = [[self.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        block = _Block(torch.tensor(padded, device=device), torch.tensor(mask, device=device), cache=None)
+        padded = [[self.pad_token_id] * (width - len(prefix)) + prefix for prefix in prefixes]
+        mask = [[0] * (width - len(prefix)) + [1] * len(prefix) for prefix in prefixes]
+        block = _Block(
+            torch.tensor(padded, device=device),
+            torch.tensor(mask, device=device),
+            cache=None,
+            num_sampled=min(map(len, sampled)),
+        )
         if self.fork_caches and width == 1:
             block.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
             if self.synced_gpus:  # other processes may have prompts to prefill
@@ -173,44 +178,45 @@ class TransformersBackend:
             # This prepares positions, masks and the kind of cache the way the model wants them.
             output = self._generate_greedily(block.input_ids[:, :-1], block.attention_mask[:, :-1])
             block.cache = output.past_key_values
-            block.row_state = take_row_state(self.model, torch.arange(len(prompts)))
+            block.row_state = take_row_state(self.model, torch.arange(len(prefixes)))
         if self.fork_caches:
             check_forkable(block.cache)
-        for row, root in enumerate(roots):
-            self._places[root] = (block, row)
+        for row, branch in enumerate(branches):
+            self._places[branch] = (block, row)
 
     def _draw(
-        self, parents: Sequence[tuple[int, int]], max_tokens: int, is_last: bool
+        self, parents: Sequence[tuple[int, int]], max_tokens: Sequence[int], wave: Wave
     ) -> tuple[_Block | None, list[Segment]]:
-        """One segment below each of `parents` (all of one block), and the block of those that can branch."""
+        """One segment below each of `parents` (all of one block), and the block of those that can branch.
+
+        There is none where the next wave's prefixes are not of one length.
+        """
         block = self._places[parents[0]][0]
         rows = torch.tensor([self._places[parent][1] for parent in parents], device=block.input_ids.device)
         input_ids, attention_mask = block.input_ids[rows], block.attention_mask[rows]
-        cache = None if block.cache is None else fork(block.cache, rows, max_tokens)
+        cache = None if block.cache is None else fork(block.cache, rows, max(max_tokens))
         put_row_state(block.row_state, rows)
         arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-        watcher = None
-        if self.stop_strings is not None:
-            watcher = StopStringWatcher(StopStringCriteria(self.tokenizer, self.stop_strings), input_ids)
-            arguments["stopping_criteria"] = StoppingCriteriaList([watcher])
+        endings = Endings(input_ids, max_tokens, self.stop_strings, wave.delimiters, self.tokenizer)
         generation_config = options_of_segment(
-            self.generation_config, input_ids.size(1), block.num_sampled, max_tokens, is_last
+            self.generation_config, input_ids.size(1), block.num_sampled, max(max_tokens), wave.is_last
         )
-        norms = [ScoreNorms(generation_config.temperature)] if self.with_score_norms else []
+        watchers = [TokenStatistics(self.statistics, generation_config.temperature)] if self.statistics else []
         with _explain_nan():
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=generation_config,
                 synced_gpus=self.synced_gpus,
-                logits_processor=LogitsProcessorList([*self.logits_processors, *norms]),
+                logits_processor=LogitsProcessorList([*self.logits_processors, *watchers]),
+                stopping_criteria=endings.criteria,
                 **arguments,
             )
-        drawn = self._cut(output[:, input_ids.size(1) :], watcher)
-        for watcher_of_norms in norms:
-            drawn = watcher_of_norms.attach(drawn, output)
+        drawn = endings.cut(output, self.eos_token_ids)
+        for watcher in watchers:
+            drawn = watcher.attach(drawn, output)
         alive = [row for row, segment in enumerate(drawn) if not segment.ended]
-        if is_last or not alive:
+        if wave.is_last or not endings.is_even or not alive:
             return None, drawn
         alive_R = torch.tensor(alive, device=output.device)
         if cache is not None and len(alive) < len(drawn):
@@ -246,19 +252,6 @@ class TransformersBackend:
             ),
             synced_gpus=self.synced_gpus,
         )
-
-    def _cut(self, drawn_ids: Tensor, watcher: StopStringWatcher | None) -> list[Segment]:
-        """Cut each row after its first end-of-sequence token or stop string; the rest is padding."""
-        is_end = torch.isin(drawn_ids, self.eos_token_ids.to(drawn_ids.device))
-        if watcher is not None:
-            stops = watcher.num_tokens.to(drawn_ids.device)
-            is_end |= torch.arange(1, drawn_ids.size(1) + 1, device=drawn_ids.device) == stops.unsqueeze(1)
-        ended = is_end.any(dim=1).tolist()
-        lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, drawn_ids.size(1)).tolist()
-        return [
-            Segment(tuple(ids[:length]), has_ended)
-            for ids, length, has_ended in zip(drawn_ids.tolist(), lengths, ended, strict=True)
-        ]
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from torch import Tensor, distributed
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
-from ..waves import TreeShape, grow
+from ..shape import TreeShape
+from ..waves import grow
 from .caches import ROW_STATE, CannotForkError
 
 

@@ -11,6 +11,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase
 
 from ...tree import Segment, Tree
+from ..delimiters import DelimiterFinder
+from ..waves import Delimiters, Wave
 
 
 # A server takes these from its model's generation config, and would count the tokens of one segment, not of its path.
@@ -18,10 +20,14 @@ NO_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class _Completion(NamedTuple):
-    """What vLLM drew after a prefix: tokens, and the log-probability, in nats, that each was drawn with."""
+    """What vLLM drew after a prefix: tokens, and the log-probability, in nats, that each was drawn with.
+
+    `has_stopped` says whether it stopped before the length limit of the call.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
+    has_stopped: bool
 
 
 class VLLMBackend:
@@ -35,7 +41,7 @@ class VLLMBackend:
     Args:
         generation (`trl.generation.vllm_generation.VLLMGeneration`): The engine, with the weights to sample from.
         eos_token_ids: Every token that ends a completion.
-        tokenizer: Needed for stop strings only.
+        tokenizer: Needed for stop strings and delimiters only.
         profile: Makes a context that times one call of the engine.
     """
 
@@ -79,46 +85,74 @@ class VLLMBackend:
             generation.llm.sleep(level=2)
             generation._llm_weights_sleeping = True
 
-    def extend(
-        self,
-        trees: Sequence[Tree],
-        branches: Sequence[tuple[int, int]],
-        num_children: int,
-        max_tokens: int,
-        is_last: bool,
-    ) -> list[list[Segment]]:
+    def extend(self, trees: Sequence[Tree], wave: Wave) -> list[list[Segment]]:
         """See [`~treerpo_trl.growth.Backend`]."""
-        paths = [trees[tree_index].completion_ids(node_index) for tree_index, node_index in branches]
+        waiting = zip(wave.branches, wave.max_tokens, strict=True)
+        rows = [row for row in waiting for _ in range(wave.num_children)]
+        paths = [trees[tree_index].completion_ids(node_index) for (tree_index, node_index), _ in rows]
         prefixes = [
-            [*trees[tree_index].prompt_ids, *path] for (tree_index, _), path in zip(branches, paths, strict=True)
+            [*trees[tree_index].prompt_ids, *path] for ((tree_index, _), _), path in zip(rows, paths, strict=True)
         ]
-        drawn = self._draw([prefix for prefix in prefixes for _ in range(num_children)], max_tokens)
+        limits = [most for _, most in rows]
+        drawn = self._draw_segments(prefixes, paths, limits, wave.delimiters)
+        return [drawn[start : start + wave.num_children] for start in range(0, len(drawn), wave.num_children)]
+
+    def _draw_segments(
+        self, prefixes: list[list[int]], paths: list[list[int]], limits: list[int], delimiters: Delimiters | None
+    ) -> list[Segment]:
+        """One segment after each prefix, of which its path is the sampled part."""
+        most = max(limits, default=0)
+        if delimiters is None:
+            drawn = self._draw(prefixes, most, stop=())
+        else:
+            drawn = self._draw_to_delimiters(prefixes, most, delimiters)
+        finder = None if delimiters is None else DelimiterFinder(delimiters, self.tokenizer)
         return [
-            [self._cut(path, completion, max_tokens) for completion in drawn[start : start + num_children]]
-            for path, start in zip(paths, range(0, len(drawn), num_children), strict=True)
+            self._cut(path, completion, limit, finder)
+            for path, completion, limit in zip(paths, drawn, limits, strict=True)
         ]
 
-    def _draw(self, prefixes: list[list[int]], max_tokens: int) -> list[_Completion]:
-        """One completion after each prefix."""
+    def _draw_to_delimiters(
+        self, prefixes: list[list[int]], max_tokens: int, delimiters: Delimiters
+    ) -> list[_Completion]:
+        """Completions whose first tokens pass delimiters by: vLLM's own option for that bans end tokens, too."""
+        free = delimiters.min_tokens - 1
+        if not free:
+            return self._draw(prefixes, max_tokens, delimiters.texts)
+        heads = self._draw(prefixes, free, stop=())
+        going = [row for row, head in enumerate(heads) if not self._has_ended(head)]
+        tails = self._draw(
+            [prefixes[row] + heads[row].token_ids for row in going], max_tokens - free, delimiters.texts
+        )
+        for row, tail in zip(going, tails, strict=True):
+            head = heads[row]
+            heads[row] = _Completion(head.token_ids + tail.token_ids, head.logprobs + tail.logprobs, tail.has_stopped)
+        return heads
+
+    def _draw(self, prefixes: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[_Completion]:
+        """One completion after each prefix, up to a text of `stop`."""
         if not self.is_collective:
-            return self._call_engine(prefixes, max_tokens) if prefixes else []
+            return self._call_engine(prefixes, max_tokens, stop) if prefixes else []
         accelerator = self.generation.accelerator
         counts = gather_object([len(prefixes)])
         everyones = gather_object(prefixes)
         if not everyones:
             return []
+        max_tokens = max(gather_object([max_tokens]))  # a server is asked once for all
         share = -(-len(everyones) // accelerator.num_processes)
         everyones += everyones[-1:] * (share * accelerator.num_processes - len(everyones))
         start = share * accelerator.process_index
-        drawn = gather_object(self._call_engine(everyones[start : start + share], max_tokens))
+        drawn = gather_object(self._call_engine(everyones[start : start + share], max_tokens, stop))
         start = sum(counts[: accelerator.process_index])
         return drawn[start : start + len(prefixes)]
 
-    def _call_engine(self, prefixes: list[list[int]], max_tokens: int) -> list[_Completion]:
+    def _call_engine(self, prefixes: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[_Completion]:
         generation = self.generation
         max_completion_length, options = generation.max_completion_length, generation.generation_kwargs
         generation.max_completion_length = max_tokens
         generation.generation_kwargs = {**NO_PENALTIES, **options}
+        if stop:
+            generation.generation_kwargs["stop"] = [*self.stop_strings, *stop]
         try:
             _, token_ids, logprobs, _ = generation.generate(
                 prompts=prefixes, images=None, num_generations=1, profiler=self.profile()
@@ -127,23 +161,41 @@ class VLLMBackend:
             generation.max_completion_length, generation.generation_kwargs = max_completion_length, options
         # Of each token, vLLM lists the log-probabilities of the sampled one alone; `None` stands for NaN.
         return [
-            _Completion(list(ids), [float("nan") if sampled is None else sampled for (sampled,) in rows])
+            _Completion(
+                list(ids), [float("nan") if sampled is None else sampled for (sampled,) in rows], len(ids) < max_tokens
+            )
             for ids, rows in zip(token_ids, logprobs, strict=True)
         ]
 
-    def _cut(self, path: Sequence[int], completion: _Completion, max_tokens: int) -> Segment:
-        """Cut a completion after its first stop string, which may begin in the path: vLLM looks for it after it."""
-        ids, logprobs = completion
-        length = self._find_stop(path, ids)
-        if length is not None:
-            return self._segment(ids[:length], True, logprobs[:length])
-        ended = len(ids) < max_tokens or ids[-1] in self.end_token_ids
-        return self._segment(ids, ended, logprobs)
+    def _cut(
+        self, path: Sequence[int], completion: _Completion, limit: int, finder: DelimiterFinder | None = None
+    ) -> Segment:
+        """Cut a completion after its first stop string, or where the segment ends.
+
+        A stop string may begin in the path: vLLM looks for it after it.
+        """
+        ids, logprobs, _ = completion
+        stop = self._find_stop(path, ids)
+        end = min(limit, len(ids))
+        if finder is not None:
+            end = finder.find(ids[:end]) or end
+        if stop is not None and stop <= end:
+            return self._segment(ids[:stop], True, logprobs[:stop])
+        is_whole = end == len(ids)
+        # What stops at a delimiter has not ended, though vLLM stops there, too.
+        ended = is_whole and (ids[-1] in self.end_token_ids or (finder is None and completion.has_stopped))
+        return self._segment(ids[:end], ended, logprobs[:end])
+
+    def _has_ended(self, completion: _Completion) -> bool:
+        return completion.has_stopped or completion.token_ids[-1] in self.end_token_ids
 
     def _segment(self, ids: Sequence[int], ended: bool, logprobs: Sequence[float]) -> Segment:
         """Of the squared norm of a score, vLLM tells half at least: (1 - p)^2 of 1 - 2 p + sum_v p_v^2."""
-        norm = sum((1 - math.exp(logprob)) ** 2 for logprob in logprobs)
-        return Segment(tuple(ids), ended, tuple(logprobs), norm if math.isfinite(norm) else None)
+        norms = tuple((1 - math.exp(logprob)) ** 2 for logprob in logprobs)
+        is_known = all(map(math.isfinite, norms))
+        return Segment(
+            tuple(ids), ended, tuple(logprobs), norms if is_known else None, tuple(-logprob for logprob in logprobs)
+        )
 
     def _find_stop(self, path: Sequence[int], ids: Sequence[int]) -> int | None:
         """How many of `ids` it takes until the text of the completion contains a stop string, if it does."""
