@@ -241,8 +241,9 @@ def main() -> None:
     workload = make_workload(args)
     workload.reward_funcs()  # a mistake in the data should show before anything is trained
     workload.held_out("test")
-    tree = Method(f"treerpo-{'x'.join(map(str, args.branching_factor))}", tuple(args.branching_factor),
-                  options=parse_options(args.treerpo_options))  # fmt: skip
+    options = parse_options(args.treerpo_options)
+    branching = () if options.get("split_rule") == "uncertainty" else tuple(args.branching_factor)
+    tree = Method(f"treerpo-{'x'.join(map(str, branching)) or 'forks'}", branching, options=options)
     flat = [Method(f"grpo-{g}", (), g, parse_options(args.grpo_options)) for g in args.num_generations]
     template = Run(
         workload=workload,

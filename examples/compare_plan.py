@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 from compare_workload import Workload
 
-from treerpo_trl.growth import TreeShape
+from treerpo_trl import TreeRPOConfig
+from treerpo_trl.growth import Shape, TreeShape, shape_of
 
 
 BUDGETS = ("tokens", "leaves", "seconds")
@@ -34,11 +36,28 @@ class Method:
     num_generations: int = 8
     options: dict[str, Any] = field(default_factory=dict)
 
-    def shape(self, max_completion_length: int) -> TreeShape:
+    @property
+    def grows_trees(self) -> bool:
+        """Whether it is TreeRPO; with forks instead of branching factors, `options` names the split rule."""
+        return bool(self.branching) or "split_rule" in self.options
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What sampling has to note of each token, so that trees can be grown."""
+        return (self.options.get("uncertainty_measure", "surprisal"),)
+
+    def shape(self, max_completion_length: int) -> Shape:
         """The tree; GRPO's is one of depth 1."""
         branching = self.branching or (self.num_generations,)
-        segment_length = self.options.get("segment_length", -(-max_completion_length // len(branching)))
-        return TreeShape(branching, segment_length, max_completion_length)
+        settings = {
+            **{name: field.default for name, field in TreeRPOConfig.__dataclass_fields__.items()},
+            "step_delimiters": ["\n\n"],
+            "branching_factor": branching,
+            "segment_length": -(-max_completion_length // len(branching)),
+            "max_completion_length": max_completion_length,
+            **self.options,
+        }
+        return shape_of(SimpleNamespace(**settings))
 
 
 @dataclass(frozen=True)
@@ -56,9 +75,9 @@ class Budget:
     total: float
     per_step: float
 
-    def prompts_per_step(self, shape: TreeShape, lengths: Sequence[int]) -> int:
-        """Prompts whose completions cost `per_step`, for responses as long as these."""
-        cost = shape.num_leaves if self.kind == "leaves" else expected_tokens(shape, lengths)
+    def prompts_per_step(self, shape: Shape, tokens_per_tree: float) -> int:
+        """Prompts whose completions cost `per_step`, for trees that cost so many sampled tokens."""
+        cost = shape.num_leaves if self.kind == "leaves" else tokens_per_tree
         return max(1, round(self.per_step / cost))
 
 

@@ -5,7 +5,6 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,14 +14,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import release_memory
-from compare_plan import Run, is_complete, read_records
+from compare_plan import Run, expected_tokens, is_complete, read_records
 from compare_workload import Workload
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.evaluation import EvaluationResult, evaluate
+from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth.backends import TransformersBackend
 
 
 CALIBRATION_PROMPTS = 512
@@ -152,11 +153,43 @@ def response_lengths(workload: Workload, model: Any, tokenizer: Any) -> list[int
     return lengths
 
 
-def make_trainer(run: Run, lengths: Sequence[int], output_dir: Path, max_steps: int, **kwargs: Any) -> GRPOTrainer:
+def measure_tree_tokens(run: Run, model: Any, tokenizer: Any) -> float:
+    """Sampled tokens of a tree of the base model, on average: what a prompt costs."""
+    workload, shape = run.workload, run.method.shape(run.workload.max_completion_length)
+    if isinstance(shape, TreeShape) and shape.delimiters is None:
+        return expected_tokens(shape, response_lengths(workload, model, tokenizer))
+    prompts = [as_ids(prompt, tokenizer) for prompt in workload.train(CALIBRATION_PROMPTS, seed=0)["prompt"]]
+    backend = TransformersBackend(
+        model.eval(),
+        GenerationConfig(
+            do_sample=True,
+            temperature=workload.temperature,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        [tokenizer.eos_token_id],
+        tokenizer.pad_token_id,
+        max_rows=workload.eval_batch_size,
+        tokenizer=tokenizer,
+        statistics=run.method.statistics,
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return fmean(tree.num_sampled_tokens for tree in grow(prompts, shape, backend))
+
+
+def as_ids(prompt: Any, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt, plain text or messages."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def make_trainer(run: Run, tokens_per_tree: float, output_dir: Path, max_steps: int, **kwargs: Any) -> GRPOTrainer:
     """The trainer of the method, with a step's prompts set by the budget."""
     workload, method = run.workload, run.method
     shape = method.shape(workload.max_completion_length)
-    prompts_per_step = run.budget.prompts_per_step(shape, lengths)
+    prompts_per_step = run.budget.prompts_per_step(shape, tokens_per_tree)
     micro_batches = -(-prompts_per_step * shape.num_leaves // workload.max_rows_per_micro_batch)
     prompts_per_micro_batch = max(1, round(prompts_per_step / micro_batches))
     options = {
@@ -182,6 +215,7 @@ def make_trainer(run: Run, lengths: Sequence[int], output_dir: Path, max_steps: 
     if method.branching:
         # A single number would hold for every depth.
         options |= {"branching_factor": list(method.branching), "max_depth": shape.max_depth}
+    if method.grows_trees:
         args: Any = TreeRPOConfig(**options)
         trainer_class: Any = TreeRPOTrainer
     else:
@@ -228,10 +262,10 @@ def execute(run: Run, folder: Path) -> Path:
         return path
     model, tokenizer = run.workload.load()
     model.to(PartialState().device)
-    lengths = response_lengths(run.workload, model, tokenizer)
+    tokens_per_tree = measure_tree_tokens(run, model, tokenizer)
     # Twice the steps that the budget takes, in case responses become shorter; the recorder ends training.
     steps = MOST_STEPS if run.budget.kind == "seconds" else round(2 * run.budget.total / run.budget.per_step)
-    trainer = make_trainer(run, lengths, scratch, steps, model=model, processing_class=tokenizer)
+    trainer = make_trainer(run, tokens_per_tree, scratch, steps, model=model, processing_class=tokenizer)
     rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     recorder = Recorder(run, path, rows, rows // run.method.shape(run.workload.max_completion_length).num_leaves)
     recorder.trainer = trainer

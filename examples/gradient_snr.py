@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from compare_grpo import parse_options
 from compare_plan import Budget, Method, Run
-from compare_run import make_trainer, response_lengths
+from compare_run import make_trainer, measure_tree_tokens
 from compare_workload import Workload, built_in
 from tasks import TASKS
 from transformers import TrainerCallback
@@ -49,13 +50,14 @@ class GradientRecorder(TrainerCallback):
             self.rewards.append(logs["reward"])
 
 
-def sample_gradients(run: Run, lengths: list[int], num_batches: int) -> tuple[np.ndarray, float]:
+def sample_gradients(run: Run, num_batches: int) -> tuple[np.ndarray, float]:
     """[K, P] gradients of K independent batches at the base model, and its mean reward."""
     model, tokenizer = run.workload.load()
+    tokens = measure_tree_tokens(run, model, tokenizer)
     recorder = GradientRecorder()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(
-            run, lengths, Path(scratch), num_batches, model=model, processing_class=tokenizer, callbacks=[recorder]
+            run, tokens, Path(scratch), num_batches, model=model, processing_class=tokenizer, callbacks=[recorder]
         )
         trainer.train()
     return torch.stack(recorder.gradients).numpy(), fmean(recorder.rewards)
@@ -104,13 +106,12 @@ def measure_snr(
     workload: Workload, trees: Sequence[Method], flat: Method, per_step: float, num_batches: int
 ) -> list[dict[str, Any]]:
     """Each tree against GRPO on the base model of the workload."""
-    lengths = response_lengths(workload, *workload.load())
     options = {"max_grad_norm": 0.0}  # no clipping
     template = Run(workload, flat, Budget("tokens", 0, per_step), 0.0, seed=7, split="validation", options=options)
-    flat_gradients, pass_at_1 = sample_gradients(template, lengths, num_batches)
+    flat_gradients, pass_at_1 = sample_gradients(template, num_batches)
     results = []
     for tree in trees:
-        tree_gradients, _ = sample_gradients(replace(template, method=tree), lengths, num_batches)
+        tree_gradients, _ = sample_gradients(replace(template, method=tree), num_batches)
         numbers = compare_snr(tree_gradients, flat_gradients)
         results.append({"treerpo": tree.name, "grpo": flat.name, "pass_at_1": pass_at_1, **numbers})
     return results
@@ -123,17 +124,19 @@ def main() -> None:
     parser.add_argument("--models_dir", type=Path, default=Path("compare-output/base_models"), help="made base models")
     parser.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2, 2, 2], help="TreeRPO: by depth")
     parser.add_argument("--advantage_estimator", default="treerpo", help="TreeRPO: a name of TreeRPOConfig's")
+    parser.add_argument(
+        "--treerpo_options", nargs="*", default=[], help="name=value options of TreeRPOConfig, such as split_rule"
+    )
     parser.add_argument("--num_generations", type=int, default=8, help="GRPO: completions a prompt")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the policy: higher, and less is right")
     parser.add_argument("--per_step", type=float, default=4000, help="sampled tokens a batch")
     parser.add_argument("--num_batches", type=int, default=48, help="batches of each method, all in memory")
     args = parser.parse_args()
     workload = built_in(args.task, args.models_dir, temperature=args.temperature)
-    tree = Method(
-        f"treerpo-{'x'.join(map(str, args.branching_factor))}-{args.advantage_estimator}",
-        tuple(args.branching_factor),
-        options={"advantage_estimator": args.advantage_estimator},
-    )
+    options = {"advantage_estimator": args.advantage_estimator, **parse_options(args.treerpo_options)}
+    branching = () if options.get("split_rule") == "uncertainty" else tuple(args.branching_factor)
+    shape = "x".join(map(str, branching)) or "forks"
+    tree = Method(f"treerpo-{shape}-{args.advantage_estimator}", branching, options=options)
     flat = Method(f"grpo-{args.num_generations}", (), args.num_generations)
     print(json.dumps(measure_snr(workload, [tree], flat, args.per_step, args.num_batches)[0]))
 

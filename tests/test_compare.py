@@ -67,11 +67,10 @@ def test_a_flat_tree_costs_its_leaves():
 
 def test_prompts_a_step_by_budget():
     tree, flat = Method("t", (2, 2)).shape(20), Method("g", (), 8).shape(20)
-    lengths = [20] * 4
     tokens, leaves = Budget("tokens", 1e5, 2400), Budget("leaves", 1e5, 64)
-    assert tokens.prompts_per_step(tree, lengths) == 2400 // (2 * 10 + 4 * 10)
-    assert tokens.prompts_per_step(flat, lengths) == 2400 // 160
-    assert (leaves.prompts_per_step(tree, lengths), leaves.prompts_per_step(flat, lengths)) == (16, 8)
+    assert tokens.prompts_per_step(tree, expected_tokens(tree, [20] * 4)) == 2400 // (2 * 10 + 4 * 10)
+    assert tokens.prompts_per_step(flat, expected_tokens(flat, [20] * 4)) == 2400 // 160
+    assert (leaves.prompts_per_step(tree, 60), leaves.prompts_per_step(flat, 160)) == (16, 8)
 
 
 def make_run(**changes):
