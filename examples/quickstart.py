@@ -35,6 +35,16 @@ NUM_HELD_OUT = 2048
 MAX_DEPTH = 4
 TREES_PER_STEP = 32
 MAX_STEPS = 60
+SPLIT_RULES = """where a tree branches below its prompt q:
+
+  length: after a number       delimiter: after a line     uncertainty: whole responses
+  of tokens                                                fork at their least certain tokens
+
+  q + ######## + ########      q + #####/ + #########      q - ##### + #### + #######
+    |          + #####           |        + ######                  |      + #####
+    + ######## + ######          + ###/ + ##########                + ##########
+               + ########               + ########
+"""
 
 
 def measure(model, tokenizer, title: str) -> EvaluationResult:
@@ -53,13 +63,21 @@ def measure(model, tokenizer, title: str) -> EvaluationResult:
     return result
 
 
-def make_config(output_dir: str, seed: int) -> TreeRPOConfig:
-    """Trees of 2 x 2 x 2 x 2 leaves whose segments are about one line of a solution each."""
+def make_config(output_dir: str, seed: int, split_rule: str) -> TreeRPOConfig:
+    """Trees of at most 16 leaves; those by depth are 2 x 2 x 2 x 2, a line of a solution a segment, or about one."""
+    if split_rule == "uncertainty":
+        forks = {"num_trunks": 4, "forks_per_trunk": 3, "min_segment_length": 2}
+        shape = {**forks, "max_completion_length": MAX_SOLUTION_TOKENS}
+    else:
+        shape = {
+            "branching_factor": 2, "max_depth": MAX_DEPTH, "segment_length": -(-MAX_SOLUTION_TOKENS // MAX_DEPTH)
+        }  # fmt: skip
+    if split_rule == "delimiter":
+        shape["step_delimiters"] = ["\n"]
     return TreeRPOConfig(
         output_dir=output_dir,
-        branching_factor=2,
-        max_depth=MAX_DEPTH,
-        segment_length=-(-MAX_SOLUTION_TOKENS // MAX_DEPTH),
+        split_rule=split_rule,
+        **shape,
         per_device_train_batch_size=TREES_PER_STEP * 2**MAX_DEPTH,
         max_steps=MAX_STEPS,
         learning_rate=3e-4,
@@ -76,9 +94,14 @@ def make_config(output_dir: str, seed: int) -> TreeRPOConfig:
 
 def main() -> None:
     """Measure, train, measure, show, save."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog=SPLIT_RULES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", default="quickstart-output", help="where to save the trained model")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training problems and of the sampling")
+    parser.add_argument(
+        "--split_rule", choices=("length", "delimiter", "uncertainty"), default="length", help="where trees branch"
+    )
     args = parser.parse_args()
     start = time.monotonic()
     is_main_process = os.environ.get("RANK", "0") == "0"  # which measures and shows; all processes train
@@ -92,7 +115,7 @@ def main() -> None:
     trainer = TreeRPOTrainer(
         model=model,
         reward_funcs=correctness_reward,
-        args=make_config(args.output_dir, args.seed),
+        args=make_config(args.output_dir, args.seed, args.split_rule),
         train_dataset=make_dataset(TREES_PER_STEP * MAX_STEPS, seed=args.seed),
         processing_class=tokenizer,
     )

@@ -10,6 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from quickstart import make_config  # noqa: E402
+
+
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single_cpu.yaml"]
 
 
@@ -35,4 +40,11 @@ def test_the_quickstart_learns(tmp_path):
 
 
 def test_the_quickstart_has_help():
-    assert "--seed" in run("--help")
+    shown = run("--help")
+    assert "--seed" in shown and all(f"{rule}: " in shown for rule in ("length", "delimiter", "uncertainty"))
+
+
+@pytest.mark.parametrize("split_rule", ["length", "delimiter", "uncertainty"])
+def test_every_split_rule_has_16_leaves(split_rule, tmp_path):
+    config = make_config(str(tmp_path), 0, split_rule)
+    assert (config.split_rule, config.num_generations) == (split_rule, 16)
