@@ -129,7 +129,7 @@ def tree_metrics(
     """What to log of a batch of trees; the same names, in the same order, whatever the trees hold.
 
     - `tree/nodes`: nodes a tree, the prompt left out.
-    - `tree/leaves`: leaves a tree (branches that ended early leave fewer than the complete tree has).
+    - `tree/leaves`: leaves a tree (fewer than it can have where branches end early or find no place to fork).
     - `tree/unique_leaves`: distinct trajectories a tree: leaves may have drawn the same tokens.
     - `tree/depth`: depth of a leaf; `tree/max_depth` of a tree's deepest leaf.
     - `tree/sampled_tokens`: sampled tokens a tree, each counted once.

@@ -90,7 +90,7 @@ class TreeRPOConfig(GRPOConfig):
 
             Against the other trees of the batch:
 
-            - `"optimal_baseline"`: sqrt(n) (V - b), n leaves of the complete tree below the node, b the baseline that
+            - `"optimal_baseline"`: sqrt(n) (V - b), n rows of the batch that pass through the node, b the baseline that
               leaves least noise in the gradient, fitted by depth to the other trees; then divided by the root mean
               square. For small trees, also of a single path (`branching_factor=1`), with many prompts a batch.
         prune_threshold (`float` or `None`, *optional*, defaults to `0.1`):

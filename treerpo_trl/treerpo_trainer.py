@@ -61,8 +61,8 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
     independent completions, each prompt grows a tree of segments. Credit: every segment is worth the mean of its
     children, up from the rewards of the leaves, and its tokens are trained with its advantage.
 
-    The batch has TRL's shape: row k of a prompt is the k-th root-to-leaf path of the complete tree, depth first. Each
-    segment carries loss in the first row it appears in. Evaluation samples plain completions, as GRPO does.
+    The batch has TRL's shape: row k of a prompt is the k-th root-to-leaf path of its tree, depth first. Each segment
+    carries loss in the first row it appears in. Evaluation samples plain completions, as GRPO does.
 
     Example:
 
