@@ -90,9 +90,9 @@ class TreeRPOConfig(GRPOConfig):
 
             Against the other trees of the batch:
 
-            - `"optimal_baseline"`: sqrt(n) (V - b), n rows of the batch that pass through the node, b the baseline that
-              leaves least noise in the gradient, fitted by depth to the other trees; then divided by the root mean
-              square. For small trees, also of a single path (`branching_factor=1`), with many prompts a batch.
+            - `"optimal_baseline"`: sqrt(n) (V - b), n rows of the batch through the node, b the baseline that leaves
+              least noise in the gradient, fitted by depth to the other trees; then divided by the root mean square.
+              For small trees, also of a single path (`branching_factor=1`), with many prompts a batch.
         prune_threshold (`float` or `None`, *optional*, defaults to `0.1`):
             tau: a group is trained if and only if max - min of its values exceeds it. It is in units of the reward
             (the weighted sum of the reward functions): for rewards that do not go from 0 to 1, take about a tenth of
