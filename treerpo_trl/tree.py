@@ -44,6 +44,8 @@ class Node:
         logprobs: See [`Segment`].
         score_norms: See [`Segment`].
         uncertainties: See [`Segment`].
+        is_rest: Whether a fork cut the node from its parent: the two were drawn as one segment, and the node's
+            siblings continue it in other ways.
     """
 
     parent: int
@@ -52,6 +54,7 @@ class Node:
     logprobs: tuple[float, ...] | None = None
     score_norms: tuple[float, ...] | None = None
     uncertainties: tuple[float, ...] | None = None
+    is_rest: bool = False
 
     @property
     def score_norm(self) -> float | None:
@@ -64,7 +67,8 @@ class Node:
             None if values is None else values[start:end]
             for values in (self.logprobs, self.score_norms, self.uncertainties)
         )
-        return Node(parent, self.token_ids[start:end], self.ended and end == len(self.token_ids), *parts)
+        is_last, is_rest = end == len(self.token_ids), start > 0 or self.is_rest
+        return Node(parent, self.token_ids[start:end], self.ended and is_last, *parts, is_rest)
 
 
 @dataclass(frozen=True)
