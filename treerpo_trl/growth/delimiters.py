@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +36,11 @@ class DelimiterFinder:
         if len(token_ids) < self.delimiters.min_tokens or not self._may_complete(token_ids[-1]):
             return False
         window = list(token_ids[-self._window :])
-        text, before = self._decode(window), len(self._decode(window[:-1]))
-        return any(text.find(each, max(before + 1 - len(each), 0)) >= 0 for each in self.delimiters.texts)
+        first = window[:1]  # once more in front, as some decoders strip the space that a text begins with
+        text, without_last = self._decode(first + window), self._decode(first + window[:-1])
+        # What the last token changes may begin earlier than where it is added: it may complete a character.
+        start, old = len(self._decode(first)), len(os.path.commonprefix([text, without_last]))
+        return any(text.find(each, max(old + 1 - len(each), start)) >= 0 for each in self.delimiters.texts)
 
     def find(self, token_ids: Sequence[int]) -> int | None:
         """How many of the tokens the segment takes; `None` if no delimiter ends it."""
@@ -44,7 +48,7 @@ class DelimiterFinder:
 
     def _may_complete(self, token_id: int) -> bool:
         if token_id not in self._may_end:
-            text = self._decode([token_id])
+            text = self._decode([token_id, token_id])  # some decoders strip the space that a text begins with
             self._may_end[token_id] = UNDECODABLE in text or not self._last_characters.isdisjoint(text)
         return self._may_end[token_id]
 
