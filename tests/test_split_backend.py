@@ -157,7 +157,7 @@ def test_rows_of_one_call_end_at_limits_of_their_own(sharp_model):
         drawn = make_backend(sharp_model, max_rows=16).extend(trees, wave)
     for limit, group in zip(limits, drawn, strict=True):
         for segment in group:
-            assert len(segment.token_ids) == limit or segment.ended and len(segment.token_ids) < limit
+            assert len(segment.token_ids) == limit or (segment.ended and len(segment.token_ids) < limit)
             assert segment.ended == (segment.token_ids[-1] == EOS) and EOS not in segment.token_ids[:-1]
             assert len(segment.uncertainties) == len(segment.score_norms) == len(segment.token_ids)
     assert any(segment.ended for group in drawn for segment in group)

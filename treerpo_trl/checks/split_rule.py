@@ -21,6 +21,8 @@ FORK_OPTIONS: dict[str, Any] = {
     "uncertainty_measure": "surprisal",
 }
 DEPTH_OPTIONS: dict[str, Any] = {"branching_factor": [2], "max_depth": None, "segment_length": None}
+# What trees were grown with before there were these options.
+BEFORE_RULES: dict[str, Any] = {"split_rule": "length", **DELIMITER_OPTIONS, "min_segment_length": 1, **FORK_OPTIONS}
 DEFAULT_RESPONSE_LENGTH = 384
 
 
@@ -46,8 +48,10 @@ def check_split_rule(config: Any) -> None:
         raise ValueError(f"min_segment_length is {config.min_segment_length}; a segment has at least one token")
     if rule == "delimiter":
         _check_delimiters(config.step_delimiters)
+        config.step_delimiters = list(config.step_delimiters)
     if rule == "uncertainty":
         _refuse(config, DEPTH_OPTIONS, "'length' or 'delimiter'")
+        config.branching_factor = DEPTH_OPTIONS["branching_factor"]
         _check_forks(config)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ class DelimiterFinder:
         first = window[:1]  # once more in front, as some decoders strip the space that a text begins with
         text, without_last = self._decode(first + window), self._decode(first + window[:-1])
         # What the last token changes may begin earlier than where it is added: it may complete a character.
-        start, old = len(self._decode(first)), len(os.path.commonprefix([text, without_last]))
+        start, old = len(self._decode(first)), _common_length(text, without_last)
         return any(text.find(each, max(old + 1 - len(each), start)) >= 0 for each in self.delimiters.texts)
 
     def find(self, token_ids: Sequence[int]) -> int | None:
@@ -55,3 +54,9 @@ class DelimiterFinder:
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+
+def _common_length(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((index for index, (mine, its) in pairs if mine != its), min(len(text), len(other)))
