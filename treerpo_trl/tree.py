@@ -63,12 +63,19 @@ class Node:
 
     def piece(self, start: int, end: int, parent: int) -> Node:
         """Tokens `start` to `end` of the node, below `parent`. Only the last piece ends as the node does."""
-        parts = (
+        logprobs, score_norms, uncertainties = (
             None if values is None else values[start:end]
             for values in (self.logprobs, self.score_norms, self.uncertainties)
         )
-        is_last, is_rest = end == len(self.token_ids), start > 0 or self.is_rest
-        return Node(parent, self.token_ids[start:end], self.ended and is_last, *parts, is_rest)
+        return Node(
+            parent,
+            self.token_ids[start:end],
+            self.ended and end == len(self.token_ids),
+            logprobs,
+            score_norms,
+            uncertainties,
+            is_rest=start > 0 or self.is_rest,
+        )
 
 
 @dataclass(frozen=True)
