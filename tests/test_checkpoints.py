@@ -6,6 +6,7 @@ import pickle
 import shlex
 import shutil
 from collections import defaultdict, deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from treerpo_trl.checkpoints import (
 )
 from treerpo_trl.credit import assign
 from treerpo_trl.resuming import pack, unpack
+from treerpo_trl.tree import Tree
 
 
 SETTINGS = {"num_processes": 1, "branching_factor": [2, 2]}
@@ -202,7 +204,8 @@ def test_trees_come_back_as_they_were(forest, rewards):
         packed = pack(scored)
         assert unpack(packed) == scored
         packed["nodes"] = [node[:4] for node in packed["nodes"]]  # as earlier versions wrote them
-        assert unpack(packed) == scored
+        nodes = tuple(replace(node, score_norms=None, uncertainties=None, is_rest=False) for node in tree.nodes)
+        assert unpack(packed) == replace(scored, tree=Tree(nodes))
 
 
 def test_what_rewards_log_comes_back_as_plain_data(tmp_path):

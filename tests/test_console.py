@@ -55,3 +55,24 @@ def test_what_a_model_wrote_is_not_taken_for_markup_or_control():
     coloured = printed(assign(tree, {1: 0.0, 2: 1.0}), Decoder(), force_terminal=True, color_system="truecolor")
     assert coloured.count("\\x1b[31m") == 5
     assert "\x1b[31m" not in coloured
+
+
+def test_where_a_response_forks_its_rest_is_told_from_new_continuations():
+    """Also in a later round, where the piece above a fork is itself the rest of another."""
+    tokenizer = make_tokenizer()
+
+    def segment(text):
+        return Segment(tuple(tokenizer(text)["input_ids"]), True)
+
+    cut, before = Tree.from_prompt(tokenizer("3=")["input_ids"]).grow({ROOT: [segment("abcd")]}).cut({1: [1]})
+    cut, again = cut.grow({before[1, 1]: [segment("e")]}).cut({2: [2]})
+    tree = cut.grow({again[2, 2]: [segment("f"), segment("gh")]})
+    shown = printed(assign(tree, dict.fromkeys(tree.leaves, 1.0), "parent"), tokenizer)
+    assert [line.split("  A=")[0] for line in shown.splitlines()[1:]] == [
+        "└── V=1.00  a",
+        "    ├── V=1.00  (as drawn) bc",
+        "    │   ├── V=1.00  (as drawn) d",
+        "    │   ├── V=1.00  (fork) f",
+        "    │   └── V=1.00  (fork) gh",
+        "    └── V=1.00  (fork) e",
+    ]

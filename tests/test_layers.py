@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "locking": set(),
     "running": {"accelerate", "peft", "safetensors", "torch", "transformers"},
     "resuming": {
+        "treerpo_trl.checks",
         "treerpo_trl.checkpoints",
         "treerpo_trl.credit",
         "treerpo_trl.locking",

@@ -69,6 +69,7 @@ def test_the_table_is_the_configuration(make_trainer):
     trainer.state.global_step = 7
     assert read_table(write_card(trainer)) == {
         "Setting": "Value",
+        "Split rule": "`length`",
         "Branching factor, by depth": "4, 2",
         "Depth": "2",
         "Segment length": "6 tokens",
@@ -85,6 +86,36 @@ def test_the_table_is_the_configuration(make_trainer):
         "Steps trained": "7",
         "Rewards": "`spread_reward` (weight 0.75), `length_reward` (weight 0.25)",
     }
+
+
+def test_the_table_says_after_which_texts_trees_branched(make_trainer):
+    trainer = make_trainer(
+        split_rule="delimiter", step_delimiters=["\n\n", "a|b", "`"], min_segment_length=2, max_completion_length=30
+    )
+    table = read_table(write_card(trainer))
+    assert table["Split rule"] == "`delimiter`" and table["Branching factor, by depth"] == "2, 2, 2"
+    assert table["Step delimiters"] == r'`"\n\n"`, `"a\|b"`, ``"`"``'
+    assert table["Segment length"] == "2 to 4 tokens; the last has no limit of its own"
+    assert (table["Longest response"], table["Leaves"]) == ("30 tokens", "8")
+
+
+def test_the_table_says_how_trees_forked(make_trainer):
+    trainer = make_trainer(
+        split_rule="uncertainty", num_trunks=2, forks_per_trunk=3, continuations_per_fork=1, fork_rounds=1,
+        uncertainty_measure="entropy", min_segment_length=5, max_completion_length=40, segment_length=None,
+        max_depth=None,
+    )  # fmt: skip
+    table = read_table(write_card(trainer))
+    assert list(table.items())[1:8] == [
+        ("Split rule", "`uncertainty` (entropy)"),
+        ("Trunks", "2"),
+        ("Forks of a trunk and what grew from it", "at most 3 a round"),
+        ("Rounds of forks", "1"),
+        ("Continuations of a fork", "1"),
+        ("Between forks", "at least 5 tokens"),
+        ("Longest response", "40 tokens"),
+    ]
+    assert table["Leaves"] == "at most 8" and not {"Depth", "Segment length", "Step delimiters"} & set(table)
 
 
 @pytest.mark.parametrize("threshold", [None, -1.0])

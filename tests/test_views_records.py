@@ -1,6 +1,5 @@
 """Trees as a table: laws on random trees, and what the files are worth to others."""
 
-import math
 import pickle
 import tempfile
 from pathlib import Path
@@ -34,6 +33,12 @@ def records_of(forest, **options):
     return tree_records(trees, TOKENIZER, 7, shape=shape, **options)
 
 
+def rows_of(shape, scored) -> list[int]:
+    """The leaves of the rows, without those that only fill the batch."""
+    slots = shape.slots(scored.tree)
+    return slots if isinstance(shape, TreeShape) else slots[: len(scored.tree.leaves)]
+
+
 @given(scored_forests())
 @hypothesis_settings(max_examples=40)
 def test_every_node_is_one_record_that_says_what_the_tree_says(forest):
@@ -53,6 +58,7 @@ def test_every_node_is_one_record_that_says_what_the_tree_says(forest):
         assert record["num_tokens"] == len(node.token_ids)
         assert record["text"] == TOKENIZER.decode(node.token_ids)
         assert record["ended"] == node.ended
+        assert record["is_rest"] == node.is_rest
         assert record["truncated"] == (is_leaf and not node.ended)
         assert record["value"] == scored.values[index]
         assert record["advantage"] == scored.advantages[index]
@@ -68,11 +74,12 @@ def test_a_nodes_rows_are_those_of_the_batch_that_pass_through_it(forest):
     records = by_tree(records_of(forest))
     for index, scored in enumerate(trees):
         passing = [0] * len(scored.tree.nodes)
-        for leaf in shape.slots(scored.tree):
+        rows = rows_of(shape, scored)
+        for leaf in rows:
             for node in (ROOT, *scored.tree.path(leaf)):
                 passing[node] += 1
         assert [record["rows"] for record in records[index]] == passing
-        assert sum(records[index][leaf]["rows"] for leaf in scored.tree.leaves) == math.prod(shape.branching)
+        assert sum(records[index][leaf]["rows"] for leaf in scored.tree.leaves) == len(rows)
 
 
 @given(scored_forests())
@@ -103,7 +110,7 @@ def test_a_file_gives_back_what_was_written(forest):
 def test_the_summary_is_what_the_trainer_logs(forest):
     shape, trees = forest
     summary = summarise(by_tree(records_of(forest)).values())
-    rows = [(scored, leaf) for scored in trees for leaf in shape.slots(scored.tree)]
+    rows = [(scored, leaf) for scored in trees for leaf in rows_of(shape, scored)]
     rewards = [reward for scored, leaf in rows if (reward := scored.rewards[leaf]) is not None]
     assert summary.mean_reward == (pytest.approx(fmean(rewards)) if rewards else None)
     assert summary.mean_tokens == pytest.approx(fmean(len(scored.tree.completion_ids(leaf)) for scored, leaf in rows))
@@ -227,7 +234,7 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     write_trees(records, path)
     assert read_trees(path) == records
     pq.write_table(pq.read_table(path).drop_columns(list(ADDED_LATER)), path)
-    assert read_trees(path) == example_records()
+    assert read_trees(path) == [{**record, "is_rest": None} for record in example_records()]
     assert read_summary(path).trees == 4
 
 

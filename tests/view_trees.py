@@ -2,11 +2,11 @@
 
 import random
 
-from conftest import forests, leaf_rewards
+from conftest import any_forests, leaf_rewards
 from hypothesis import strategies as st
 
 from treerpo_trl.credit import ScoredTree, assign
-from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth import Shape, TreeShape, grow
 from treerpo_trl.tree import ROOT, Segment, Tree
 from treerpo_trl.views import tree_records
 
@@ -58,9 +58,9 @@ class Texts:
 
 
 @st.composite
-def scored_forests(draw) -> tuple[TreeShape, list[ScoredTree]]:
+def scored_forests(draw) -> tuple[Shape, list[ScoredTree]]:
     """A shape and random trees grown to it, with random rewards, some of them missing."""
-    shape, trees = draw(forests())
+    shape, trees = draw(any_forests())
     return shape, [assign(tree, leaf_rewards(tree, draw(REWARDS))) for tree in trees]
 
 

@@ -11,7 +11,6 @@ from .credit import ESTIMATORS
 
 LOSS_TYPES = ("dapo", "bnpo", "cispo", "dr_grpo")
 LOSS_WEIGHTINGS = ("token", "node")
-SPLIT_RULES = ("length", "delimiter", "uncertainty")
 UNSCALED_ESTIMATORS = ("centered", "leave_one_out", "parent", "tree_mean", "treerl")
 NO_CONTINUOUS_BATCHING = (
     "it starts each call with an empty cache, so every wave would compute its prompts and paths again; the default "
@@ -58,7 +57,6 @@ def refuse_oversized_engine(config: Any) -> None:
 # (parameter, allowed values, reason and fix)
 _RULES: list[tuple[str, Sequence[Any], str]] = [
     ("advantage_estimator", tuple(ESTIMATORS), "choose one of these"),
-    ("split_rule", SPLIT_RULES, "choose one of these"),
     ("uncertainty_measure", ("surprisal", "entropy"), "choose one of these"),
     ("loss_weighting", LOSS_WEIGHTINGS, "choose one of these"),
     ("prefix_sharing", ("auto", True, False), "choose one of these"),

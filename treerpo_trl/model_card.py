@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -156,17 +157,15 @@ def takes_messages(dataset: Any, processing_class: Any) -> bool:
 
 def list_settings(trainer: Any) -> dict[str, str]:
     """How the model was trained, as rows of a table."""
-    args, shape = trainer.args, trainer.tree_shape
+    args = trainer.args
     updates = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
     rewards = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
     prunes = ESTIMATORS[args.advantage_estimator].prunes
     threshold = args.prune_threshold if prunes else None
     return {
-        "Branching factor, by depth": ", ".join(map(str, shape.branching)),
-        "Depth": str(shape.max_depth),
-        "Segment length": f"{shape.segment_length} tokens",
-        "Longest response": f"{shape.max_completion_length} tokens",
-        "Leaves": str(args.num_generations),
+        **list_tree_settings(args),
+        "Longest response": f"{args.max_completion_length} tokens",
+        "Leaves": f"{'at most ' * (args.split_rule == 'uncertainty')}{args.num_generations}",
         "Advantage estimator": f"`{args.advantage_estimator}`",
         "Prune threshold": "none" if threshold is None or threshold < 0 else f"{threshold:g}",
         "Loss": f"`{args.loss_type}`, weighted by {args.loss_weighting}",
@@ -178,6 +177,37 @@ def list_settings(trainer: Any) -> dict[str, str]:
         "Steps trained": str(trainer.state.global_step),
         "Rewards": ", ".join(f"`{name}` (weight {weight:g})" for name, weight in rewards),
     }
+
+
+def list_tree_settings(args: Any) -> dict[str, str]:
+    """Where trees branch, as rows of a table."""
+    least = args.min_segment_length
+    if args.split_rule == "uncertainty":
+        return {
+            "Split rule": f"`uncertainty` ({args.uncertainty_measure})",
+            "Trunks": str(args.num_trunks),
+            "Forks of a trunk and what grew from it": f"at most {args.forks_per_trunk} a round",
+            "Rounds of forks": str(args.fork_rounds),
+            "Continuations of a fork": str(args.continuations_per_fork),
+            "Between forks": f"at least {least} tokens",
+        }
+    settings = {
+        "Split rule": f"`{args.split_rule}`",
+        "Branching factor, by depth": ", ".join(map(str, args.branching_factor)),
+        "Depth": str(args.max_depth),
+        "Segment length": f"{args.segment_length} tokens",
+    }
+    if args.split_rule == "delimiter":
+        settings["Segment length"] = f"{least} to {args.segment_length} tokens; the last has no limit of its own"
+        settings["Step delimiters"] = ", ".join(map(_quote, args.step_delimiters))
+    return settings
+
+
+def _quote(text: str) -> str:
+    """A text in quotes as code, which a table of Markdown shows as it is."""
+    code = json.dumps(text, ensure_ascii=False).replace("|", "\\|")
+    fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", code)), default=0))
+    return f"{fence}{code}{fence}"
 
 
 def list_adapter_settings(adapter: Any) -> dict[str, str]:

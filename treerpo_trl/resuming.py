@@ -38,6 +38,7 @@ from .checkpoints import (
     save_state,
     seal,
 )
+from .checks.split_rule import BEFORE_RULES
 from .credit import ScoredTree
 from .locking import claim
 from .running.step_end_checkpoint import StepEndCheckpoint
@@ -68,7 +69,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         checkpoint = choose_checkpoint(resume_from_checkpoint, self.args.output_dir)
         self._pending, self._epochs_done, self._goes_on_exactly = checkpoint, 0, False
         if checkpoint is not None:
-            self._goes_on_exactly = check_settings(checkpoint, settings_of(self))
+            self._goes_on_exactly = check_settings(checkpoint, _comparable(settings_of(self), checkpoint))
             self._check_reference(checkpoint)
             self._epochs_done = int(read_progress(checkpoint)["epoch"] or 0)
             if self.args.should_save:  # upstream writes it last of all, and `state_N` holds the same
@@ -182,7 +183,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
     args = trainer.args
     names = (
         "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
-        "branching_factor", "segment_length", "max_completion_length", "use_vllm", "sync_ref_model",
+        "branching_factor", "segment_length", "max_completion_length", "use_vllm", "sync_ref_model", *BEFORE_RULES,
     )  # fmt: skip
     return {
         "num_processes": trainer.accelerator.num_processes,
@@ -190,6 +191,12 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         "beta > 0": args.beta > 0,
         **{name: getattr(args, name) for name in names},
     }
+
+
+def _comparable(settings: Mapping[str, Any], checkpoint: str) -> dict[str, Any]:
+    """The settings without those that the checkpoint is too old to have, if they are what they were then."""
+    saved = read_seal(checkpoint)["settings"]
+    return {name: value for name, value in settings.items() if name in saved or BEFORE_RULES.get(name) != value}
 
 
 def is_mid_generation(trainer: Any) -> bool:

@@ -44,6 +44,8 @@ class Node:
         logprobs: See [`Segment`].
         score_norms: See [`Segment`].
         uncertainties: See [`Segment`].
+        is_rest: Whether a fork cut the node from its parent: the two were drawn as one segment, and the node's
+            siblings continue it in other ways.
     """
 
     parent: int
@@ -52,6 +54,7 @@ class Node:
     logprobs: tuple[float, ...] | None = None
     score_norms: tuple[float, ...] | None = None
     uncertainties: tuple[float, ...] | None = None
+    is_rest: bool = False
 
     @property
     def score_norm(self) -> float | None:
@@ -60,11 +63,19 @@ class Node:
 
     def piece(self, start: int, end: int, parent: int) -> Node:
         """Tokens `start` to `end` of the node, below `parent`. Only the last piece ends as the node does."""
-        parts = (
+        logprobs, score_norms, uncertainties = (
             None if values is None else values[start:end]
             for values in (self.logprobs, self.score_norms, self.uncertainties)
         )
-        return Node(parent, self.token_ids[start:end], self.ended and end == len(self.token_ids), *parts)
+        return Node(
+            parent,
+            self.token_ids[start:end],
+            self.ended and end == len(self.token_ids),
+            logprobs,
+            score_norms,
+            uncertainties,
+            is_rest=start > 0 or self.is_rest,
+        )
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from ..credit import ESTIMATORS
+from .options import refusal
 
 
+SPLIT_RULES = ("length", "delimiter", "uncertainty")
 # Options of one rule, with their defaults: set to anything else they would be silently without effect elsewhere.
 DELIMITER_OPTIONS: dict[str, Any] = {"step_delimiters": ["\n\n"]}
 FORK_OPTIONS: dict[str, Any] = {
@@ -18,6 +21,8 @@ FORK_OPTIONS: dict[str, Any] = {
     "uncertainty_measure": "surprisal",
 }
 DEPTH_OPTIONS: dict[str, Any] = {"branching_factor": [2], "max_depth": None, "segment_length": None}
+# What trees were grown with before there were these options.
+BEFORE_RULES: dict[str, Any] = {"split_rule": "length", **DELIMITER_OPTIONS, "min_segment_length": 1, **FORK_OPTIONS}
 DEFAULT_RESPONSE_LENGTH = 384
 
 
@@ -34,6 +39,8 @@ def check_split_rule(config: Any) -> None:
     if isinstance(config.step_delimiters, str):
         config.step_delimiters = [config.step_delimiters]
     rule = config.split_rule
+    if rule not in SPLIT_RULES:  # before options of the rule that is meant are told to be without effect
+        raise ValueError(refusal("split_rule", rule, SPLIT_RULES, "choose one of these"))
     _refuse(config, {} if rule == "delimiter" else DELIMITER_OPTIONS, "'delimiter'")
     _refuse(config, {} if rule == "uncertainty" else FORK_OPTIONS, "'uncertainty'")
     _refuse(config, {"min_segment_length": 1} if rule == "length" else {}, "'delimiter' or 'uncertainty'")
@@ -41,8 +48,10 @@ def check_split_rule(config: Any) -> None:
         raise ValueError(f"min_segment_length is {config.min_segment_length}; a segment has at least one token")
     if rule == "delimiter":
         _check_delimiters(config.step_delimiters)
+        config.step_delimiters = list(config.step_delimiters)
     if rule == "uncertainty":
         _refuse(config, DEPTH_OPTIONS, "'length' or 'delimiter'")
+        config.branching_factor = DEPTH_OPTIONS["branching_factor"]
         _check_forks(config)
 
 
@@ -63,6 +72,7 @@ def derive_forks(config: Any) -> None:
     config.num_generations = leaves
     if config.max_completion_length is None:
         config.max_completion_length = DEFAULT_RESPONSE_LENGTH
+    check_completion_length(config.max_completion_length)
     if config.max_completion_length < 2 * config.min_segment_length:
         raise ValueError(
             f"max_completion_length is {config.max_completion_length}, but a fork leaves min_segment_length="
@@ -71,9 +81,20 @@ def derive_forks(config: Any) -> None:
         )
 
 
+def check_completion_length(length: int) -> None:
+    """A completion has at least one token.
+
+    Raises:
+        ValueError: It would have fewer.
+    """
+    if length < 1:
+        raise ValueError(f"max_completion_length is {length}; a completion has at least one token")
+
+
 def _refuse(config: Any, defaults: dict[str, Any], rules: str) -> None:
     for name, default in defaults.items():
         value = getattr(config, name)
+        value = value.tolist() if hasattr(value, "tolist") else value  # numpy's
         given = [value] if name == "branching_factor" and isinstance(value, int) else value
         if given != default and list(given if isinstance(given, Sequence) else [given]) != default:
             raise ValueError(
@@ -90,6 +111,12 @@ def _check_delimiters(texts: Any) -> None:
         raise ValueError(
             f'step_delimiters is {texts!r}; give one text or more, none of them empty, such as ["\\n\\n"]'
         )
+    for text in texts:
+        if re.fullmatch(r"(\\[nrt])+", text):
+            raise ValueError(
+                f"step_delimiters has {text!r}, a backslash and a letter, where a line break or tab is meant; write "
+                f"$'{text}' in a shell such as bash, or \"{text}\" in YAML"
+            )
 
 
 def _check_forks(config: Any) -> None:

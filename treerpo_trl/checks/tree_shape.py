@@ -10,7 +10,7 @@ from typing import Any
 
 from ..credit import ESTIMATORS
 from .options import whole_number
-from .split_rule import check_split_rule, derive_forks
+from .split_rule import check_completion_length, check_split_rule, derive_forks
 
 
 DEFAULT_MAX_DEPTH = 3
@@ -127,8 +127,8 @@ def _suggest_shapes(leaves: int) -> str:
 def _derive_lengths(config: Any, depth: int) -> None:
     if config.segment_length is None:
         given = config.max_completion_length
-        if given is not None and given < 1:
-            raise ValueError(f"max_completion_length is {given}; a completion has at least one token")
+        if given is not None:
+            check_completion_length(given)
         config.segment_length = DEFAULT_SEGMENT_LENGTH if given is None else math.ceil(given / depth)
     if config.segment_length < 1:
         raise ValueError(f"segment_length is {config.segment_length}; a segment has at least one token")
@@ -141,6 +141,7 @@ def _derive_lengths(config: Any, depth: int) -> None:
     if config.max_completion_length is None:
         config.max_completion_length = most
     if config.split_rule == "delimiter":  # whose last segments run on
+        check_completion_length(config.max_completion_length)
         return
     if not most - config.segment_length < config.max_completion_length <= most:
         raise ValueError(

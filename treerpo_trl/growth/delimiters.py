@@ -35,8 +35,11 @@ class DelimiterFinder:
         if len(token_ids) < self.delimiters.min_tokens or not self._may_complete(token_ids[-1]):
             return False
         window = list(token_ids[-self._window :])
-        text, before = self._decode(window), len(self._decode(window[:-1]))
-        return any(text.find(each, max(before + 1 - len(each), 0)) >= 0 for each in self.delimiters.texts)
+        first = window[:1]  # once more in front, as some decoders strip the space that a text begins with
+        text, without_last = self._decode(first + window), self._decode(first + window[:-1])
+        # What the last token changes may begin earlier than where it is added: it may complete a character.
+        start, old = len(self._decode(first)), _common_length(text, without_last)
+        return any(text.find(each, max(old + 1 - len(each), start)) >= 0 for each in self.delimiters.texts)
 
     def find(self, token_ids: Sequence[int]) -> int | None:
         """How many of the tokens the segment takes; `None` if no delimiter ends it."""
@@ -44,10 +47,16 @@ class DelimiterFinder:
 
     def _may_complete(self, token_id: int) -> bool:
         if token_id not in self._may_end:
-            text = self._decode([token_id])
+            text = self._decode([token_id, token_id])  # some decoders strip the space that a text begins with
             self._may_end[token_id] = UNDECODABLE in text or not self._last_characters.isdisjoint(text)
         return self._may_end[token_id]
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+
+def _common_length(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((index for index, (mine, its) in pairs if mine != its), min(len(text), len(other)))

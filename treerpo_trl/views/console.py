@@ -30,7 +30,8 @@ def print_tree(scored: ScoredTree, tokenizer: Tokenizer, console: Console | None
 def render_tree(scored: ScoredTree, tokenizer: Tokenizer) -> RichTree:
     """The prompt and below it every step: its value as a colour (red 0, green 1), its text, advantage and length.
 
-    Steps that are not trained are dimmed; leaves end with their reward and final answer.
+    Steps that are not trained are dimmed; leaves end with their reward and final answer. Where a response forks, the
+    rest of it is marked "as drawn", the new continuations "fork".
     """
     root = RichTree(
         Text.assemble(_text(scored, ROOT, tokenizer), "  ", _value(scored, ROOT), "  ", _length(scored, ROOT))
@@ -65,7 +66,9 @@ def _add_children(branch: RichTree, scored: ScoredTree, node: int, label: Callab
 
 
 def _label(scored: ScoredTree, node: int, tokenizer: Tokenizer) -> Text:
-    label = Text.assemble(_value(scored, node), "  ", _text(scored, node, tokenizer))
+    label = Text.assemble(
+        _value(scored, node), "  ", (_origin(scored, node), "italic"), _text(scored, node, tokenizer)
+    )
     if scored.kept[node]:
         label.append(f"  A={scored.advantages[node]:+.2f}", style="bold")
     else:
@@ -77,6 +80,15 @@ def _label(scored: ScoredTree, node: int, tokenizer: Tokenizer) -> Text:
         label.append("  reward " + ("none" if reward is None else f"{reward:g}"))
         label.append("" if answer is None else f"  answer {visible(answer)}")
     return label
+
+
+def _origin(scored: ScoredTree, node: int) -> str:
+    """Where a fork cut a response in two: whether the node is the rest of it or a new continuation."""
+    nodes = scored.tree.nodes
+    if nodes[node].is_rest:
+        return "(as drawn) "
+    siblings = scored.tree.children[nodes[node].parent]
+    return "(fork) " if any(nodes[sibling].is_rest for sibling in siblings) else ""
 
 
 def _value(scored: ScoredTree, node: int) -> Text:

@@ -40,10 +40,15 @@ TREE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "kept": (pa.bool_(), "whether the node is trained: it has a value, and its group was not pruned"),
     "reward": (pa.float64(), "a leaf's weighted sum over the reward functions; null elsewhere or if unscorable"),
     "answer": (pa.string(), "a leaf's final answer, for display; null elsewhere"),
-    "rows": (pa.int32(), "rows of the batch that pass through the node: leaves of the complete tree below its place"),
+    "rows": (
+        pa.int32(),
+        "rows of the batch that pass through the node: leaves of the complete tree below its place; with "
+        "split_rule='uncertainty' its leaves, itself if it is one",
+    ),
     "score_norm": (pa.float64(), "squared norm of the score, summed over the tokens; null if it was not measured"),
+    "is_rest": (pa.bool_(), "whether a fork cut the node from its parent: the two were drawn as one segment"),
 }
-ADDED_LATER = ("score_norm",)  # null in files that lack them
+ADDED_LATER = ("score_norm", "is_rest")  # null in files that lack them
 SCHEMA = pa.schema([(name, data_type) for name, (data_type, _) in TREE_COLUMNS.items()])
 SUMMARY_KEY = b"treerpo_trl.summary"
 
@@ -103,6 +108,7 @@ def _node_records(scored: ScoredTree, tokenizer: Tokenizer, shape: Shape) -> lis
                 "answer": leaf_answer(tree, index, tokenizer) if is_leaf else None,
                 "rows": rows[index],
                 "score_norm": node.score_norm,
+                "is_rest": node.is_rest,
             }
         )
     return records

@@ -67,6 +67,7 @@ class Outline {
   facts(node) {
     const span = (className, textContent, title = "") => element("span", { className, textContent, title });
     const parts = [chip(node.value, this.scale), span("name", node.name)];
+    if (origin(node)) parts.push(span("flag", origin(node), ORIGINS[origin(node)]));
     if (node.up) {
       parts.push(node.kept ? advantage(node) : span("flag", fate(node)));
       parts.push(span("muted mean", `μ ${number(node.group_mean)}`, "mean value of the group"));

@@ -114,6 +114,7 @@ function showReader(node) {
     Tokens: node.tokens.toLocaleString("en"),
     "Path tokens": node.up && pathTo(node).slice(1).reduce((sum, above) => sum + above.tokens, 0).toLocaleString("en"),
     Rows: node.rows.toLocaleString("en"),
+    Origin: origin(node) && ORIGINS[origin(node)],
     State: node.up && (ending(node) ?? "goes on"),
     "Index, depth": `${node.id}, ${node.depth}`,
   };

@@ -127,6 +127,17 @@ function ending(node) {
   return node.ended ? "ended" : null;
 }
 
+const ORIGINS = {
+  "as drawn": "drawn with its parent as one, before a fork cut them apart",
+  fork: "a new continuation, drawn from where its parent ends",
+};
+
+// Where a fork cut a response in two: the rest of it, as it was drawn first, or a continuation that forks off there.
+function origin(node) {
+  if (node.is_rest) return "as drawn";
+  return node.up?.children.some((sibling) => sibling.is_rest) ? "fork" : null;
+}
+
 function title(node) {
   return node.up ? `Node ${node.name}` : "Prompt";
 }
@@ -137,6 +148,7 @@ function brief(node) {
     title(node),
     `V ${number(node.value)}`,
     node.kept ? `A ${signed(node.advantage)}` : fate(node),
+    origin(node),
     count(node.tokens, "token"),
     ending(node),
     node.answer === null ? null : `answer ${oneLine(node.answer)}`,
