@@ -32,6 +32,7 @@ STEPS = 6
 ENDS_AT_ONCE, NEVER_ENDS = {(EOS,): 100.0}, {(EOS,): -100.0}
 # Step -> the bias of each process. Where there is none, the model decides.
 BIASES = {0: (ENDS_AT_ONCE, NEVER_ENDS), 4: (NEVER_ENDS, ENDS_AT_ONCE), 5: (ENDS_AT_ONCE, NEVER_ENDS)}
+RULE_BIASES = {0: (ENDS_AT_ONCE, NEVER_ENDS), 2: (NEVER_ENDS, ENDS_AT_ONCE)}
 # (Step, process) whose rewards are all equal, or all None.
 ALL_PRUNED = {(1, 0)}
 ALL_NONE = {(2, 0), (3, 0), (3, 1), (5, 1)}
@@ -71,8 +72,11 @@ class Bias(TrainerCallback):
 
     trainer: TreeRPOTrainer
 
+    def __init__(self, biases: dict[int, tuple[Any, Any]]):
+        self.biases = biases
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.generation_config.sequence_bias = BIASES.get(state.global_step, (None, None))[RANK]
+        self.trainer.generation_config.sequence_bias = self.biases.get(state.global_step, (None, None))[RANK]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.generation_config.sequence_bias = (ENDS_AT_ONCE, NEVER_ENDS)[RANK]  # in evaluation
@@ -85,6 +89,17 @@ class RecordingTrainer(TreeRPOTrainer):
         super().__init__(*args, **kwargs)
         self.record: list[dict[str, Any]] = []
         self.start = whole_parameters(self)
+        self.forwards = 0
+
+    def _grow(self, prompts: list[list[int]]) -> list[Tree]:
+        def count(*args: Any) -> None:
+            self.forwards += 1
+
+        handle = self.accelerator.unwrap_model(self.model).register_forward_pre_hook(count)
+        try:
+            return super()._grow(prompts)
+        finally:
+            handle.remove()
 
     def _generate_and_score_completions(self, inputs: list[Any]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -96,6 +111,7 @@ class RecordingTrainer(TreeRPOTrainer):
                     "depths": sorted({tree.depths[leaf] for tree, leaf in leaves}),
                     "nodes": [len(scored.tree.nodes) - 1 for scored in self.last_trees],
                     "values": [s.values[node] for s in self.last_trees for node in s.tree.children[ROOT]],
+                    "forwards": self.forwards,
                     "kept": sum(sum(scored.kept) for scored in self.last_trees),
                     "scored": sum(reward is not None for s in self.last_trees for reward in s.rewards.values()),
                     "owned": (output["tool_mask"] * output["completion_mask"]).sum().item(),
@@ -111,8 +127,9 @@ class GivenTrees(RecordingTrainer):
 
     def _grow(self, prompts: list[list[int]]) -> list[Tree]:
         trees = []
+        short = 0.7 if self.args.split_rule == "delimiter" else 0.1
         for prompt in prompts:
-            backend = RandomBackend(seed=hash(tuple(prompt)), end_probability=0.3 * (len(prompt) % 3))
+            backend = RandomBackend(hash(tuple(prompt)), 0.3 * (len(prompt) % 3), short)
             trees += grow([prompt], self.tree_shape, backend)
         return [
             Tree(
@@ -164,7 +181,7 @@ def train_uneven(model_path: str, output_dir: str, lora: bool = False, **overrid
         per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=2, shuffle_dataset=False,
         log_trees=True, num_trees_to_print=0, **overrides,
     )  # fmt: skip
-    bias = Bias()
+    bias = Bias(BIASES)
     dataset = make_dataset()
     bias.trainer = trainer = RecordingTrainer(
         model_path, uneven_reward, args, train_dataset=dataset, eval_dataset=dataset.select(range(4)),
@@ -188,6 +205,20 @@ def train_given(model_path: str, output_dir: str, processes: int = 2, trees: int
     leave(trainer, output_dir)
 
 
+def train_rule(model_path: str, output_dir: str, fork_caches: bool | None = None, **overrides: Any) -> None:
+    """Three steps: one process has trees of single tokens, which nothing can branch from, then both have any, then the
+    other one has. `fork_caches` is what is known of the model's caches before the first step."""
+    bias = Bias(RULE_BIASES)
+    args = make_args(output_dir, max_frontier_rows=3, max_steps=3, **overrides)
+    bias.trainer = trainer = RecordingTrainer(
+        model_path, spread_reward, args, train_dataset=make_dataset(), processing_class=make_tokenizer(),
+        callbacks=[bias],
+    )  # fmt: skip
+    trainer._can_fork_caches = fork_caches
+    trainer.train()
+    leave(trainer, output_dir)
+
+
 def train_killed(model_path: str, output_dir: str) -> None:
     """Process 1 dies in the middle of the third step."""
 
@@ -202,7 +233,7 @@ def train_killed(model_path: str, output_dir: str) -> None:
     trainer.train()
 
 
-SCENARIOS = {"uneven": train_uneven, "given": train_given, "killed": train_killed}
+SCENARIOS = {"uneven": train_uneven, "given": train_given, "rule": train_rule, "killed": train_killed}
 
 
 def main(model_path: str, output_dir: str, *scenarios: str) -> None:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -45,7 +45,7 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth import Delimiters, ForkShape, Shape, TreeShape, grow
 
 
 TEMPERATURE = 0.7
@@ -204,14 +204,26 @@ NEEDED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def random_rows(seed: int, needed: str = "all", shuffled: bool = False) -> Rows:
-    """The rows of one to three random trees: early ends, repeats, prompts of several lengths."""
-    draw = random.Random(seed)
+RULES = ("length", "delimiter", "uncertainty")
+
+
+def random_shape(draw: random.Random, rule: str) -> Shape:
+    """When trees of a split rule branch."""
+    if rule == "uncertainty":
+        return ForkShape(*(draw.randint(1, most) for most in (3, 3, 2, 2, 2)), draw.randint(4, 16))
     branching = tuple(draw.randint(2, 3) for _ in range(draw.randint(1, 3)))
     segment_length = draw.randint(1, 5)
     shape = TreeShape(branching, segment_length, len(branching) * segment_length - draw.randrange(segment_length))
+    return replace(shape, delimiters=Delimiters(("\n",), 1)) if rule == "delimiter" else shape
+
+
+def random_rows(seed: int, needed: str = "all", shuffled: bool = False, rule: str = "length") -> Rows:
+    """The rows of one to three random trees: early ends, repeats, prompts of several lengths."""
+    draw = random.Random(seed)
+    shape = random_shape(draw, rule)
     prompts = [[draw.randint(2, 9) for _ in range(draw.randint(1, 7))] for _ in range(draw.randint(1, 3))]
-    trees = grow(prompts, shape, RandomBackend(seed, draw.choice([0.0, 0.2, 0.6])))
+    short = 0.7 if rule == "delimiter" else 0.1
+    trees = grow(prompts, shape, RandomBackend(seed, draw.choice([0.0, 0.2, 0.6]), short))
     rows = [(list(tree.prompt_ids), list(tree.completion_ids(leaf))) for tree in trees for leaf in shape.slots(tree)]
     if shuffled:
         draw.shuffle(rows)

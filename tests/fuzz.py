@@ -4,24 +4,25 @@ python tests/fuzz.py [--cases 10000] [--seed 0] [--jobs 2]
 
 A case goes the way of a training run: the trees become rows, their rewards advantages, the rows micro-batches, and
 every micro-batch is trained on. Between updates the weights move at random, so that ratios are not 1. The gradient of
-every update must be that of `plain_reference.py`.
+every update must be that of `plain_reference.py`. Trees branch by every split rule.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,21 @@ from datasets import Dataset
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
-from plain_reference import Loss, advantages_of, reward_of, tokens_of
+from plain_reference import Loss, advantages_of, reward_of, rows_of, tokens_of
 from transformers import Qwen2ForCausalLM
 
 from treerpo_trl import Tree, TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.credit import ESTIMATORS, UNIT_INTERVAL_ESTIMATORS
-from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth import Delimiters, ForkShape, Shape, TreeShape, grow
 from treerpo_trl.tree import Segment
 
 
 TOLERANCE = 1e-3  # of the largest element of a gradient; in single precision it is below 1e-4 with few exceptions
 NEAR_A_KINK = 1e-4
 WEIGHTS = {1: [(Fraction(1),)], 2: [(Fraction(1, 2), Fraction(1, 2)), (Fraction(3, 4), Fraction(1, 4))]}
-MOST_ROWS = 48
+MOST_ROWS, MOST_LEAVES = 48, 16
+# Advantages are fractions of small numbers, which are not as close to this as rounding would take them.
+MIN_ADVANTAGE = 0.1234567
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Case:
         has_score_norms: Whether nodes have them, as a backend that measures them gives them.
     """
 
-    shape: TreeShape
+    shape: Shape
     num_trees: int
     end_probability: float
     seed: int
@@ -93,16 +96,41 @@ ANY_ESTIMATOR = sorted(set(ESTIMATORS) - UNIT_INTERVAL_ESTIMATORS)
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Cases of every kind that a configuration allows."""
+def complete_shapes(draw: st.DrawFn, fewest: int) -> TreeShape:
+    """Trees that branch at a length, into `fewest` branches or more."""
+    numbers = st.lists(st.integers(fewest, 4), min_size=1, max_size=4)
+    branching = draw(numbers.filter(lambda numbers: math.prod(numbers) <= MOST_LEAVES))
+    length = draw(st.integers(1, 5))
+    return TreeShape(tuple(branching), length, len(branching) * length - draw(st.integers(0, length - 1)))
+
+
+@st.composite
+def delimited_shapes(draw: st.DrawFn, fewest: int) -> TreeShape:
+    """Trees whose segments end anywhere, and whose paths may be full above the last depth."""
+    shape = draw(complete_shapes(fewest))
+    delimiters = Delimiters(("\n\n",), draw(st.integers(1, shape.segment_length)))
+    return replace(shape, max_completion_length=draw(st.integers(1, 16)), delimiters=delimiters)
+
+
+@st.composite
+def fork_shapes(draw: st.DrawFn, fewest: int) -> ForkShape:
+    """Trees of `fewest` trunks or more that fork anywhere."""
+    numbers = st.tuples(st.integers(fewest, 3), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2))
+    trunks, forks, width, rounds = draw(numbers.filter(lambda n: n[0] * (1 + n[1] * n[2] * n[3]) <= MOST_LEAVES))
+    shortest = draw(st.integers(1, 3))
+    return ForkShape(trunks, forks, width, rounds, shortest, draw(st.integers(2 * shortest, 16)))
+
+
+SHAPES = {"length": complete_shapes, "delimiter": delimited_shapes, "uncertainty": fork_shapes}
+
+
+@st.composite
+def cases(draw: st.DrawFn, rules: Sequence[str] = tuple(SHAPES)) -> Case:
+    """Cases of every kind that a configuration allows, of these split rules."""
     pattern = draw(st.sampled_from(sorted(PATTERNS)))
     estimator = draw(st.sampled_from(ANY_ESTIMATOR if pattern == "any number" else sorted(ESTIMATORS)))
-    fewest = 2 if ESTIMATORS[estimator].needs_siblings else 1
-    branching = draw(
-        st.lists(st.integers(fewest, 4), min_size=1, max_size=4).filter(lambda numbers: num_leaves(numbers) <= 16)
-    )
-    length = draw(st.integers(1, 5))
-    shape = TreeShape(tuple(branching), length, len(branching) * length - draw(st.integers(0, length - 1)))
+    rule = draw(st.sampled_from(rules))
+    shape = draw(SHAPES[rule](2 if ESTIMATORS[estimator].needs_siblings else 1))
     num_trees = draw(st.integers(1 if shape.num_leaves > 1 else 2, min(4, MOST_ROWS // shape.num_leaves)))
     rows = num_trees * shape.num_leaves
     micro_batches = draw(st.sampled_from([count for count in range(1, 9) if rows % count == 0]))
@@ -120,9 +148,11 @@ def cases(draw: st.DrawFn) -> Case:
         "delta": draw(st.sampled_from([None, None, 1.5])),
         "temperature": draw(st.sampled_from([1.0, 0.6])),
         "mask_truncated_completions": draw(st.booleans()),
+        "min_advantage": 0.0 if loss_type == "bnpo" else draw(st.sampled_from([0.0, 0.0, MIN_ADVANTAGE])),
         "prefix_sharing": draw(st.booleans()),
         "num_iterations": draw(st.sampled_from([1, 2])),
         "pad_to_multiple_of": draw(st.sampled_from([None, 8])),
+        "split_rule": rule,
     }
     return Case(
         shape=shape,
@@ -141,24 +171,25 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def num_leaves(branching: list[int]) -> int:
-    return TreeShape(tuple(branching), 1, 1).num_leaves
-
-
 class RandomSegments:
-    """Segments of a few different tokens, so that siblings are sometimes equal; those that end do so with EOS."""
+    """Segments of a few different tokens, so that siblings are sometimes equal; those that end do so with EOS.
+
+    Where a delimiter may end a segment, most end before they are full. Uncertainties tie as often as not.
+    """
 
     def __init__(self, draw: random.Random, end_probability: float):
         self.draw, self.end_probability = draw, end_probability
 
     def extend(self, trees, wave) -> list[list[Segment]]:
-        return [[self._segment(most) for _ in range(wave.num_children)] for most in wave.max_tokens]
+        short = 0.1 if wave.delimiters is None else 0.7
+        return [[self._segment(most, short) for _ in range(wave.num_children)] for most in wave.max_tokens]
 
-    def _segment(self, max_tokens: int) -> Segment:
+    def _segment(self, max_tokens: int, short_probability: float) -> Segment:
         ended = self.draw.random() < self.end_probability
-        length = self.draw.randint(1, max_tokens) if ended or self.draw.random() < 0.1 else max_tokens
+        length = self.draw.randint(1, max_tokens) if ended or self.draw.random() < short_probability else max_tokens
         ids = [self.draw.randint(2, 6) for _ in range(length)]
-        return Segment(tuple([*ids[:-1], EOS] if ended else ids), ended)
+        uncertainties = tuple(float(self.draw.randint(0, 4)) for _ in range(length))
+        return Segment(tuple([*ids[:-1], EOS] if ended else ids), ended, uncertainties=uncertainties)
 
 
 class GivenTrees(TreeRPOTrainer):
@@ -251,9 +282,7 @@ def make_trainer(case: Case, tokenizer: Any, prompts: list[str], parts: Any) -> 
     rows = case.num_trees * case.shape.num_leaves
     args = TreeRPOConfig(
         tempfile.gettempdir(),
-        branching_factor=list(case.shape.branching),
-        max_depth=case.shape.max_depth,
-        segment_length=case.shape.segment_length,
+        **shape_options(case.shape),
         max_completion_length=case.shape.max_completion_length,
         per_device_train_batch_size=rows // case.micro_batches,
         steps_per_generation=case.micro_batches,
@@ -266,13 +295,33 @@ def make_trainer(case: Case, tokenizer: Any, prompts: list[str], parts: Any) -> 
         gradient_checkpointing=False,
         **case.options,
     )
-    return GivenTrees(
+    trainer = GivenTrees(
         load(),
         [reward_func(part) for part in range(len(case.weights))],
         args,
         train_dataset=Dataset.from_dict({"prompt": prompts, "tree": list(range(len(prompts)))}),
         processing_class=tokenizer,
     )
+    assert trainer.tree_shape == case.shape
+    return trainer
+
+
+def shape_options(shape: Shape) -> dict[str, Any]:
+    """What a configuration calls a shape."""
+    if isinstance(shape, ForkShape):
+        return {
+            "num_trunks": shape.num_trunks,
+            "forks_per_trunk": shape.forks_per_trunk,
+            "continuations_per_fork": shape.continuations_per_fork,
+            "fork_rounds": shape.num_rounds,
+            "min_segment_length": shape.min_segment_length,
+        }
+    return {
+        "branching_factor": list(shape.branching),
+        "max_depth": shape.max_depth,
+        "segment_length": shape.segment_length,
+        "min_segment_length": 1 if shape.delimiters is None else shape.delimiters.min_tokens,
+    }
 
 
 @dataclass
@@ -295,12 +344,13 @@ def reference_of(case: Case, trees: list[Tree], parts: Any) -> list[Trained]:
     ]
     tau = None if case.tau is not None and case.tau < 0 else case.tau
     estimator = case.options["advantage_estimator"]
-    of_trees = advantages_of(trees, rewards, estimator, tau, case.shape.branching)
+    branching = None if case.options["split_rule"] == "uncertainty" else case.shape.branching
+    is_length = case.options["split_rule"] == "length"
+    longest = case.shape.segment_length if is_length else case.shape.max_completion_length
+    of_trees = advantages_of(trees, rewards, estimator, tau, branching)
     for index, (tree, advantages) in enumerate(zip(trees, of_trees, strict=True)):
         first_row: dict[int, int] = {}
-        places = product(*(range(number) for number in case.shape.branching))
-        for row, places_of_children in enumerate(places, start=index * case.shape.num_leaves):
-            path = path_of(tree, places_of_children)
+        for row, path in enumerate(rows_of(tree, branching), start=index * case.shape.num_leaves):
             is_truncated = tree.nodes[path[-1]].token_ids[-1] != EOS
             if case.options["mask_truncated_completions"] and is_truncated:
                 continue
@@ -309,21 +359,9 @@ def reference_of(case: Case, trees: list[Tree], parts: Any) -> list[Trained]:
         for node, advantage in advantages.items():
             if node in first_row:
                 length = len(tree.nodes[node].token_ids)
-                weight = 1.0 if case.options["loss_weighting"] == "token" else case.shape.segment_length / length
+                weight = 1.0 if case.options["loss_weighting"] == "token" else longest / length
                 trained.append(Trained(tree, node, first_row[node], advantage, weight))
     return trained
-
-
-def path_of(tree: Tree, places: tuple[int, ...]) -> list[int]:
-    """The nodes that a row of the complete tree passes: the child of that place, until a branch has ended."""
-    path, node = [], 0
-    for place in places:
-        children = [child for child in range(len(tree.nodes)) if tree.nodes[child].parent == node]
-        if not children:
-            break
-        node = children[place]
-        path.append(node)
-    return path
 
 
 def train(case: Case, trainer: GivenTrees, rows: list[dict[str, Any]], trained: list[Trained]) -> Outcome:
@@ -384,7 +422,7 @@ def compare(
     for rows_held in held:
         losses, entropies, weights = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
         for one in trained:
-            if one.row not in rows_held:
+            if one.row not in rows_held or abs(one.advantage) < args.min_advantage:
                 continue
             logps, entropy = now[id(one.tree)][one.node]
             old_logps, reference_logps = (found[id(one.tree)][one.node][0] for found in (old, reference))
@@ -448,7 +486,10 @@ def run(cases_to_run: int, seed: int) -> dict[str, Any]:
         worst = max(worst, outcome.worst)
         totals.update(cases=1, **{key: value for key, value in asdict(outcome).items() if key != "worst"})
         totals.update(trained=outcome.trained_tokens > 0)
+        rule = case.options["split_rule"]
+        totals.update({f"tokens_of_{rule}": outcome.trained_tokens})
         seen.update({f"{name}={value}" for name, value in {**case.options, "pattern": case.pattern}.items()})
+        seen.update([f"{rule} with {case.options['advantage_estimator']}"])
 
     fuzz()
     return {"totals": dict(totals), "worst": worst, "seen": dict(seen)}

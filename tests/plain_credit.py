@@ -66,10 +66,19 @@ def trajectory_of_treepo(tree: Tree, leaf: int, rewards: Rewards) -> Fraction:
     return mean([rewards[leaf] - mean(group) for group in above])
 
 
-def optimal_baseline(trees: Sequence[Tree], rewards: Sequence[Rewards], branching: Sequence[int]) -> list[dict]:
+def rows_below(tree: Tree, node: int, branching: Sequence[int] | None) -> int:
+    """The rows that pass a node: the leaves below its place in the complete tree or, without `branching`, its own."""
+    if branching is not None:
+        return prod(branching[len(ancestors(tree, node)) :])
+    parents = {each.parent for each in tree.nodes}
+    return sum(leaf not in parents and node in (leaf, *ancestors(tree, leaf)) for leaf in range(len(tree.nodes)))
+
+
+def optimal_baseline(trees: Sequence[Tree], rewards: Sequence[Rewards], branching: Sequence[int] | None) -> list[dict]:
     """Of each tree, node -> sqrt(rows below) (V - b), b from the other trees alone."""
     advantages: list[dict[int, float]] = [{} for _ in trees]
-    for depth in range(1, len(branching) + 1):
+    deepest = max(len(ancestors(tree, node)) for tree in trees for node in range(len(tree.nodes)))
+    for depth in range(1, deepest + 1):
         points = [
             point_of(index, tree, node, rewards[index])
             for index, tree in enumerate(trees)
@@ -88,7 +97,8 @@ def optimal_baseline(trees: Sequence[Tree], rewards: Sequence[Rewards], branchin
                 below = scored_below(trees[index], node, rewards[index])
                 outside = [r for leaf, r in rewards[index].items() if r is not None and leaf not in below]
                 b = float(mean(outside)) if outside else 0.0
-            advantages[point["tree"]][point["node"]] = sqrt(prod(branching[depth:])) * (point["value"] - b)
+            rows = rows_below(trees[point["tree"]], point["node"], branching)
+            advantages[point["tree"]][point["node"]] = sqrt(rows) * (point["value"] - b)
     return advantages
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from math import sqrt
 
 import torch
@@ -28,9 +29,12 @@ def advantages_of(
     rewards: Sequence[Rewards],
     estimator: str,
     tau: Fraction | None,
-    branching: Sequence[int],
+    branching: Sequence[int] | None,
 ) -> list[dict[int, float]]:
-    """Of each tree of a batch, the advantage of every node that is trained."""
+    """Of each tree of a batch, the advantage of every node that is trained.
+
+    `branching` is that of complete trees, in which every path is as deep; `None` for trees whose leaves are the rows.
+    """
     if estimator == "optimal_baseline":
         return to_unit_rms(trees, rewards, optimal_baseline(trees, rewards, branching))
     if estimator not in OF_TREE:
@@ -66,6 +70,34 @@ def against_siblings(tree: Tree, rewards: Rewards, estimator: str, tau: Fraction
         for child, value in group.items():
             advantages[child] = float(value - mean) / scale if value != mean else 0.0
     return advantages
+
+
+def rows_of(tree: Tree, branching: Sequence[int] | None) -> list[list[int]]:
+    """The nodes that each row passes, depth first.
+
+    Of a complete tree a row takes the child of one place at each depth, until a branch has ended. Without `branching`,
+    each leaf is a row.
+    """
+    children = [
+        [child for child in range(len(tree.nodes)) if tree.nodes[child].parent == node]
+        for node in range(len(tree.nodes))
+    ]
+
+    def paths_below(node: int) -> list[list[int]]:
+        return [[child, *path] for child in children[node] for path in paths_below(child)] or [[]]
+
+    if branching is None:
+        return paths_below(0)
+    rows = []
+    for places in product(*(range(number) for number in branching)):
+        path, node = [], 0
+        for place in places:
+            if not children[node]:
+                break
+            node = children[node][place]
+            path.append(node)
+        rows.append(path)
+    return rows
 
 
 def tokens_of(model: nn.Module, tree: Tree, temperature: float) -> dict[int, tuple[Tensor, Tensor]]:

@@ -247,6 +247,21 @@ def test_an_estimator_must_give_one_advantage_to_each_value(monkeypatch):
         assign(tree, leaf_rewards(tree, [0.0, 1.0]), "short")
 
 
+@pytest.mark.parametrize(
+    "short",
+    [
+        Estimator(of_tree=lambda tree: [0.0]),
+        Estimator(of_forest=lambda forest: [[0.0] for _ in forest]),
+        Estimator(of_forest=lambda forest: []),
+    ],
+)
+def test_an_estimator_must_give_one_advantage_to_each_node(short, monkeypatch):
+    tree = tree_of(2, 2)
+    monkeypatch.setitem(ESTIMATORS, "short", short)
+    with pytest.raises(ValueError, match=r"longer|shorter"):
+        assign(tree, leaf_rewards(tree, [0.0, 1.0]), "short")
+
+
 @pytest.mark.parametrize("reward", [float("nan"), float("inf")])
 def test_rewards_that_are_not_finite_are_refused(reward):
     tree = tree_of(2, 2)
@@ -277,3 +292,26 @@ def test_scored_trees_and_estimators_are_immutable():
         for each in fields(record):
             with pytest.raises(FrozenInstanceError):
                 setattr(record, each.name, None)
+    for record in (ValuedTree.of(tree, rewards), ESTIMATORS["treerpo"]):
+        assert not hasattr(record, "__dict__")  # there is no room for other fields either
+
+
+def test_a_node_of_a_valued_tree_is_one_row_unless_the_rows_are_told():
+    tree = tree_of(1, 2)
+    rewards = leaf_rewards(tree, [0.5])
+    assert ValuedTree.of(tree, rewards).rows == (1,) * 6
+    assert ValuedTree.of(tree, rewards, lambda tree: [3, 1, 2, 1, 1, 1]).rows == (3, 1, 2, 1, 1, 1)
+
+
+def test_a_node_without_a_value_is_told():
+    tree = tree_of(1, 1)
+    valued = ValuedTree.of(tree, {3: None, 4: 1.0})
+    assert valued.value(2) == 1
+    with pytest.raises(ValueError, match="node 1 has no value"):
+        valued.value(1)
+
+
+def test_every_tree_of_a_batch_needs_its_rewards():
+    tree = tree_of(2, 2)
+    with pytest.raises(ValueError, match="shorter"):
+        assign_batch([tree, tree], [leaf_rewards(tree, [0.0, 1.0])])

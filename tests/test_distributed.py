@@ -76,6 +76,13 @@ def given(loss_type: str) -> str:
     return f"given={json.dumps(options)}"
 
 
+# Trees of other split rules, of 8 rows as well.
+FORKS = {
+    "split_rule": "uncertainty", "num_trunks": 2, "fork_rounds": 3, "forks_per_trunk": 1, "max_completion_length": 12,
+    "max_depth": None, "segment_length": None,
+}  # fmt: skip
+DELIMITED = {"split_rule": "delimiter", "step_delimiters": list("0123456789")}
+
 # Credit that depends on the trees of the other process, too. Of single paths each process has one.
 CREDIT = {
     "credit-of-trees": {"advantage_estimator": "optimal_baseline"},
@@ -84,7 +91,17 @@ CREDIT = {
         "per_device_train_batch_size": 1, "trees": 2,
     },
     "credit-at-unit-size": {"advantage_estimator": "treepo"},
+    "credit-of-forks": {"advantage_estimator": "optimal_baseline", **FORKS},
+    "credit-of-delimiters": {"advantage_estimator": "optimal_baseline", **DELIMITED},
 }  # fmt: skip
+
+
+# Sampling by other rules from a sharded model.
+RULES = {
+    "rule-forks": FORKS,
+    "rule-forks-of-prefilled-prefixes": {**FORKS, "fork_caches": False},
+    "rule-delimiters": {**DELIMITED, "fork_caches": True},
+}
 
 
 def scenarios_of(config: str) -> dict[str, str]:
@@ -94,12 +111,17 @@ def scenarios_of(config: str) -> dict[str, str]:
         "lora": 'uneven={"lora": true}',
         "given-dapo": given("dapo"),
     }
+    credit = []
     if config == "multi_cpu":
         scenarios |= {f"given-{loss_type}": given(loss_type) for loss_type in LOSS_TYPES[1:]}
-        scenarios |= {name: f"given={json.dumps(options)}" for name, options in CREDIT.items()}
-    if config == "deepspeed_zero3_cpu":
-        scenarios["sharded"] = 'uneven={"ds3_gather_for_generation": false}'
-    return scenarios
+        credit = list(CREDIT)
+    elif config in ("fsdp2_cpu", "deepspeed_zero3_cpu"):
+        sharded = {"ds3_gather_for_generation": False} if config == "deepspeed_zero3_cpu" else {}
+        if sharded:
+            scenarios["sharded"] = f"uneven={json.dumps(sharded)}"
+        credit = ["credit-of-trees", "credit-of-forks", "credit-of-delimiters"]
+        scenarios |= {name: f"rule={json.dumps(options | sharded)}" for name, options in RULES.items()}
+    return scenarios | {name: f"given={json.dumps(CREDIT[name])}" for name in credit}
 
 
 @pytest.fixture(scope="module", params=[pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES])
@@ -120,7 +142,7 @@ def runs(request, model_path, tmp_path_factory) -> tuple[str, dict[str, Run]]:
 
 
 def uneven_runs(runs: dict[str, Run]) -> list[Run]:
-    return [run for name, run in runs.items() if not name.startswith(("given", "credit"))]
+    return [run for name, run in runs.items() if not name.startswith(("given", "credit", "rule"))]
 
 
 def test_processes_with_unequal_trees_train_one_model(runs):
@@ -211,6 +233,20 @@ def test_credit_of_the_batch_is_that_of_one_process(runs, model_path, tmp_path):
             moved = (expected - start[parameter]).norm()
             assert moved > 0
             assert (run.parameters[0][parameter] - expected).norm() < 1e-4 * moved, f"{name}: {parameter}"
+
+
+def test_processes_with_unequal_forks_run_a_sharded_model_equally_often(runs):
+    """Also where one of them has nothing to fork, or prefixes to prefill while the other has none."""
+    for name in RULES.keys() & runs[1].keys():
+        first, second = runs[1][name].seen
+        nodes = [(one["nodes"], other["nodes"]) for one, other in zip(first["record"], second["record"], strict=True)]
+        assert max(nodes[0][0]) == max(nodes[2][1]) == 2  # of one token each, but for the root
+        assert min(nodes[0][1]) > 2 and min(nodes[2][0]) > 2
+        forwards = [[step["forwards"] for step in seen["record"]] for seen in (first, second)]
+        assert forwards[0] == forwards[1] and min(forwards[0]) > 0
+        parameters, other = runs[1][name].parameters
+        assert all(torch.equal(parameter, other[key]) for key, parameter in parameters.items())
+        assert first["moved"] == first["trainable"]
 
 
 def test_full_models_reload_with_transformers(runs):

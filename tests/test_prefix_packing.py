@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import NEEDED, Rows, full_tree_rows, pad_rows, random_rows
+from families import NEEDED, RULES, Rows, full_tree_rows, pad_rows, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,11 @@ from treerpo_trl.prefix_sharing.packing import _gather
 
 
 rows_of = st.builds(
-    random_rows, seed=st.integers(0, 10_000), needed=st.sampled_from(sorted(NEEDED)), shuffled=st.booleans()
+    random_rows,
+    seed=st.integers(0, 10_000),
+    needed=st.sampled_from(sorted(NEEDED)),
+    shuffled=st.booleans(),
+    rule=st.sampled_from(RULES),
 )
 
 
@@ -232,9 +236,9 @@ def test_nothing_is_computed_that_is_not_context_of_a_token_asked_for(rows):
         assert len(paths) == 1  # processes that share a model must all call it
 
 
-@given(st.integers(0, 10_000), st.sampled_from(sorted(NEEDED)))
-def test_sorted_rows_compute_each_prefix_once_and_a_branch_costs_one_position(seed, needed):
-    rows = random_rows(seed, needed)
+@given(st.integers(0, 10_000), st.sampled_from(sorted(NEEDED)), st.sampled_from(RULES))
+def test_sorted_rows_compute_each_prefix_once_and_a_branch_costs_one_position(seed, needed, rule):
+    rows = random_rows(seed, needed, rule=rule)
     firsts = rows.attention_mask.argmax(dim=1).tolist()
     order = sorted(range(len(firsts)), key=lambda row: (firsts[row], rows.input_ids[row].tolist()))
     rows = Rows(rows.input_ids[order], rows.attention_mask[order], rows.needed[order])
