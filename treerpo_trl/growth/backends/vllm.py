@@ -29,6 +29,10 @@ class _Completion(NamedTuple):
     logprobs: list[float]
     has_stopped: bool
 
+    def extended(self, more: _Completion) -> _Completion:
+        """This completion, with what was drawn after it."""
+        return _Completion(self.token_ids + more.token_ids, self.logprobs + more.logprobs, more.has_stopped)
+
 
 class VLLMBackend:
     """Draws segments with vLLM, colocated or on a server.
@@ -43,6 +47,7 @@ class VLLMBackend:
         eos_token_ids: Every token that ends a completion.
         tokenizer: Needed for stop strings and delimiters only.
         profile: Makes a context that times one call of the engine.
+        context_length: What [`find_context_length`] gives, where it is known: a server is asked for it otherwise.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class VLLMBackend:
         eos_token_ids: Sequence[int],
         tokenizer: PreTrainedTokenizerBase | None = None,
         profile: Callable[[], AbstractContextManager[None]] = nullcontext,
+        context_length: int | None = None,
     ):
         self.generation = generation
         self.tokenizer = tokenizer
@@ -63,6 +69,14 @@ class VLLMBackend:
         self.skip_special_tokens = options.get("skip_special_tokens", True)
         is_shared = generation.mode == "server" or generation.tensor_parallel_size > 1
         self.is_collective = is_shared and generation.accelerator.num_processes > 1
+        self._context_length = context_length
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a prompt and its completion that the engine takes."""
+        if self._context_length is None:
+            self._context_length = find_context_length(self.generation)
+        return self._context_length
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -100,72 +114,111 @@ class VLLMBackend:
     def _draw_segments(
         self, prefixes: list[list[int]], paths: list[list[int]], limits: list[int], delimiters: Delimiters | None
     ) -> list[Segment]:
-        """One segment after each prefix, of which its path is the sampled part."""
-        most = max(limits, default=0)
-        if delimiters is None:
-            drawn = self._draw(prefixes, most, stop=())
-        else:
-            drawn = self._draw_to_delimiters(prefixes, most, delimiters)
+        """One segment after each prefix, of which its path is the sampled part.
+
+        vLLM stops where a segment ends or before that: it completes characters that began above the segment, and a
+        server may have a limit of its own. What has no end yet is continued.
+        """
         finder = None if delimiters is None else DelimiterFinder(delimiters, self.tokenizer)
+        # The first tokens pass delimiters by. vLLM's own option for that, min_tokens, bans end tokens, too.
+        free = 0 if delimiters is None else delimiters.min_tokens - 1
+        drawn = [_Completion([], [], False)] * len(prefixes)
+        going = list(range(len(prefixes)))
+        while self._is_any(going):
+            most = free or max(limits, default=0)
+            stop = () if free or delimiters is None else delimiters.texts
+            more = self._draw(
+                [prefixes[row] + drawn[row].token_ids for row in going],
+                [min(most, limits[row] - len(drawn[row].token_ids)) for row in going],
+                stop,
+            )
+            for row, completion in zip(going, more, strict=True):
+                drawn[row] = drawn[row].extended(completion)
+            going = [row for row in going if not self._is_over(paths[row], drawn[row], limits[row], finder)]
+            free = 0
         return [
             self._cut(path, completion, limit, finder)
             for path, completion, limit in zip(paths, drawn, limits, strict=True)
         ]
 
-    def _draw_to_delimiters(
-        self, prefixes: list[list[int]], max_tokens: int, delimiters: Delimiters
+    def _is_any(self, rows: Sequence[int]) -> bool:
+        """Whether this process has rows, or one of those that must call the engine with it."""
+        return any(gather_object([bool(rows)])) if self.is_collective else bool(rows)
+
+    def _draw(self, prefixes: list[list[int]], limits: list[int], stop: Sequence[str]) -> list[_Completion]:
+        """One completion after each prefix, of at least as many tokens as its limit if it does not stop.
+
+        One call is for all if the context has room for the largest limit after each prefix. What is nearer to the end
+        of the context goes in a second one, as a server refuses to be asked for more than there is room for.
+        """
+        counts, rows = [len(prefixes)], list(zip(prefixes, limits, strict=True))
+        if self.is_collective:
+            counts, rows = gather_object(counts), gather_object(rows)
+        most = max(limit for _, limit in rows)
+        is_near_end = [len(prefix) + most > self.context_length for prefix, _ in rows]
+        drawn: dict[int, _Completion] = {}
+        for is_near, max_tokens in ((False, most), (True, None)):
+            group = [row for row in range(len(rows)) if is_near_end[row] == is_near]
+            if group:
+                completions = self._draw_together([rows[row][0] for row in group], max_tokens, stop)
+                drawn.update(zip(group, completions, strict=True))
+        start = sum(counts[: self.generation.accelerator.process_index]) if self.is_collective else 0
+        return [drawn[row] for row in range(start, start + len(prefixes))]
+
+    def _draw_together(
+        self, prefixes: list[list[int]], max_tokens: int | None, stop: Sequence[str]
     ) -> list[_Completion]:
-        """Completions whose first tokens pass delimiters by: vLLM's own option for that bans end tokens, too."""
-        free = delimiters.min_tokens - 1
-        if not free:
-            return self._draw(prefixes, max_tokens, delimiters.texts)
-        heads = self._draw(prefixes, free, stop=())
-        going = [row for row, head in enumerate(heads) if not self._has_ended(head)]
-        tails = self._draw(
-            [prefixes[row] + heads[row].token_ids for row in going], max_tokens - free, delimiters.texts
-        )
-        for row, tail in zip(going, tails, strict=True):
-            head = heads[row]
-            heads[row] = _Completion(head.token_ids + tail.token_ids, head.logprobs + tail.logprobs, tail.has_stopped)
-        return heads
-
-    def _draw(self, prefixes: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[_Completion]:
-        """One completion after each prefix, up to a text of `stop`."""
+        """One completion after each prefix, of which all processes of a collective call have the same."""
         if not self.is_collective:
-            return self._call_engine(prefixes, max_tokens, stop) if prefixes else []
+            return self._call_engine(prefixes, max_tokens, stop)
         accelerator = self.generation.accelerator
-        counts = gather_object([len(prefixes)])
-        everyones = gather_object(prefixes)
-        if not everyones:
-            return []
-        max_tokens = max(gather_object([max_tokens]))  # a server is asked once for all
-        share = -(-len(everyones) // accelerator.num_processes)
-        everyones += everyones[-1:] * (share * accelerator.num_processes - len(everyones))
+        share = -(-len(prefixes) // accelerator.num_processes)
+        fillers = prefixes[-1:] * (share * accelerator.num_processes - len(prefixes))
         start = share * accelerator.process_index
-        drawn = gather_object(self._call_engine(everyones[start : start + share], max_tokens, stop))
-        start = sum(counts[: accelerator.process_index])
-        return drawn[start : start + len(prefixes)]
+        own = [*prefixes, *fillers][start : start + share]
+        drawn: list[_Completion] = gather_object(self._call_engine(own, max_tokens, stop))
+        return drawn[: len(prefixes)]
 
-    def _call_engine(self, prefixes: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[_Completion]:
+    def _call_engine(
+        self, prefixes: list[list[int]], max_tokens: int | None, stop: Sequence[str]
+    ) -> list[_Completion]:
+        """At most `max_tokens` after each prefix; `None`: to the end of the context."""
         generation = self.generation
         max_completion_length, options = generation.max_completion_length, generation.generation_kwargs
         generation.max_completion_length = max_tokens
         generation.generation_kwargs = {**NO_PENALTIES, **options}
-        if stop:
-            generation.generation_kwargs["stop"] = [*self.stop_strings, *stop]
+        if stop:  # looked for as `DelimiterFinder` does
+            generation.generation_kwargs |= {"stop": [*self.stop_strings, *stop], "skip_special_tokens": False}
+            if "detokenize" in options:
+                generation.generation_kwargs["detokenize"] = True
         try:
             _, token_ids, logprobs, _ = generation.generate(
                 prompts=prefixes, images=None, num_generations=1, profiler=self.profile()
             )
         finally:
             generation.max_completion_length, generation.generation_kwargs = max_completion_length, options
-        # Of each token, vLLM lists the log-probabilities of the sampled one alone; `None` stands for NaN.
+        # Of each token, vLLM lists the log-probabilities of the sampled one alone; `None` stands for NaN. To the end
+        # of the context a server may have a limit of its own, so that what is short may go on.
         return [
             _Completion(
-                list(ids), [float("nan") if sampled is None else sampled for (sampled,) in rows], len(ids) < max_tokens
+                list(ids),
+                [float("nan") if sampled is None else sampled for (sampled,) in rows],
+                max_tokens is not None and len(ids) < min(max_tokens, self.context_length - len(prefix)),
             )
-            for ids, rows in zip(token_ids, logprobs, strict=True)
+            for prefix, ids, rows in zip(prefixes, token_ids, logprobs, strict=True)
         ]
+
+    def _is_over(
+        self, path: Sequence[int], completion: _Completion, limit: int, finder: DelimiterFinder | None
+    ) -> bool:
+        """Whether a segment ends in a completion."""
+        ids = completion.token_ids
+        return (
+            len(ids) >= limit
+            or ids[-1] in self.end_token_ids
+            or (completion.has_stopped if finder is None else finder.find(ids) is not None)
+            or self._find_stop(path, ids) is not None
+        )
 
     def _cut(
         self, path: Sequence[int], completion: _Completion, limit: int, finder: DelimiterFinder | None = None
@@ -185,9 +238,6 @@ class VLLMBackend:
         # What stops at a delimiter has not ended, though vLLM stops there, too.
         ended = is_whole and (ids[-1] in self.end_token_ids or (finder is None and completion.has_stopped))
         return self._segment(ids[:end], ended, logprobs[:end])
-
-    def _has_ended(self, completion: _Completion) -> bool:
-        return completion.has_stopped or completion.token_ids[-1] in self.end_token_ids
 
     def _segment(self, ids: Sequence[int], ended: bool, logprobs: Sequence[float]) -> Segment:
         """Of the squared norm of a score, vLLM tells half at least: (1 - p)^2 of 1 - 2 p + sum_v p_v^2."""
