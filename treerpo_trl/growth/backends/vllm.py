@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from ...tree import Segment, Tree
 from ..delimiters import DelimiterFinder
 from ..waves import Delimiters, Wave
+from .context import choose_call, find_context_length
 
 
 # A server takes these from its model's generation config, and would count the tokens of one segment, not of its path.
@@ -22,7 +24,7 @@ NO_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 class _Completion(NamedTuple):
     """What vLLM drew after a prefix: tokens, and the log-probability, in nats, that each was drawn with.
 
-    `has_stopped` says whether it stopped before the length limit of the call.
+    `has_stopped` says whether it stopped before the length limit of the call and the end of the context.
     """
 
     token_ids: list[int]
@@ -114,61 +116,86 @@ class VLLMBackend:
     def _draw_segments(
         self, prefixes: list[list[int]], paths: list[list[int]], limits: list[int], delimiters: Delimiters | None
     ) -> list[Segment]:
-        """One segment after each prefix, of which its path is the sampled part.
-
-        vLLM stops where a segment ends or before that: it completes characters that began above the segment, and a
-        server may have a limit of its own. What has no end yet is continued.
-        """
-        finder = None if delimiters is None else DelimiterFinder(delimiters, self.tokenizer)
-        # The first tokens pass delimiters by. vLLM's own option for that, min_tokens, bans end tokens, too.
-        free = 0 if delimiters is None else delimiters.min_tokens - 1
+        """One segment after each prefix, of which its path is the sampled part."""
         drawn = [_Completion([], [], False)] * len(prefixes)
-        going = list(range(len(prefixes)))
-        while self._is_any(going):
-            most = free or max(limits, default=0)
-            stop = () if free or delimiters is None else delimiters.texts
-            more = self._draw(
-                [prefixes[row] + drawn[row].token_ids for row in going],
-                [min(most, limits[row] - len(drawn[row].token_ids)) for row in going],
-                stop,
-            )
-            for row, completion in zip(going, more, strict=True):
-                drawn[row] = drawn[row].extended(completion)
-            going = [row for row in going if not self._is_over(paths[row], drawn[row], limits[row], finder)]
-            free = 0
+        finder = None
+        if delimiters is None:
+            drawn = self._extend(drawn, prefixes, paths, limits)
+        else:
+            finder = DelimiterFinder(delimiters, self.tokenizer)
+            # The first tokens pass delimiters by. vLLM's own option for that, min_tokens, bans end tokens, too.
+            firsts = [min(limit, delimiters.min_tokens - 1) for limit in limits]
+            drawn = self._extend(drawn, prefixes, paths, firsts, finder)
+            drawn = self._extend(drawn, prefixes, paths, limits, finder, delimiters.texts)
         return [
             self._cut(path, completion, limit, finder)
             for path, completion, limit in zip(paths, drawn, limits, strict=True)
         ]
 
+    def _extend(
+        self,
+        drawn: list[_Completion],
+        prefixes: list[list[int]],
+        paths: list[list[int]],
+        limits: list[int],
+        finder: DelimiterFinder | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[_Completion]:
+        """What was drawn after each prefix, continued until a segment ends in it or it is as long as its limit.
+
+        vLLM may stop before: at the end of what it was asked for, or at a delimiter that began above the segment.
+        """
+        drawn = list(drawn)
+
+        def is_going(row: int) -> bool:
+            return not self._is_over(paths[row], drawn[row], limits[row], finder)
+
+        going = list(filter(is_going, range(len(drawn))))
+        while self._is_any(going):
+            more = self._draw(
+                [prefixes[row] + drawn[row].token_ids for row in going],
+                [limits[row] - len(drawn[row].token_ids) for row in going],
+                stop,
+            )
+            for row, completion in zip(going, more, strict=True):
+                if completion is not None:
+                    drawn[row] = drawn[row].extended(completion)
+            going = list(filter(is_going, going))
+        return drawn
+
     def _is_any(self, rows: Sequence[int]) -> bool:
         """Whether this process has rows, or one of those that must call the engine with it."""
         return any(gather_object([bool(rows)])) if self.is_collective else bool(rows)
 
-    def _draw(self, prefixes: list[list[int]], limits: list[int], stop: Sequence[str]) -> list[_Completion]:
-        """One completion after each prefix, of at least as many tokens as its limit if it does not stop.
+    def _is_over(
+        self, path: Sequence[int], completion: _Completion, limit: int, finder: DelimiterFinder | None
+    ) -> bool:
+        """Whether a completion has as many tokens as its limit, or a segment ends in it."""
+        ids = completion.token_ids
+        if not ids or len(ids) >= limit:
+            return len(ids) >= limit
+        is_end = completion.has_stopped if finder is None else finder.find(ids) is not None
+        return is_end or ids[-1] in self.end_token_ids or self._find_stop(path, ids) is not None
 
-        One call is for all if the context has room for the largest limit after each prefix. What is nearer to the end
-        of the context goes in a second one, as a server refuses to be asked for more than there is room for.
-        """
+    def _draw(self, prefixes: list[list[int]], limits: list[int], stop: Sequence[str]) -> list[_Completion | None]:
+        """A completion after each prefix, of one call, `None` for those that are left for the next."""
         counts, rows = [len(prefixes)], list(zip(prefixes, limits, strict=True))
         if self.is_collective:
             counts, rows = gather_object(counts), gather_object(rows)
-        most = max(limit for _, limit in rows)
-        is_near_end = [len(prefix) + most > self.context_length for prefix, _ in rows]
-        drawn: dict[int, _Completion] = {}
-        for is_near, max_tokens in ((False, most), (True, None)):
-            group = [row for row in range(len(rows)) if is_near_end[row] == is_near]
-            if group:
-                completions = self._draw_together([rows[row][0] for row in group], max_tokens, stop)
-                drawn.update(zip(group, completions, strict=True))
+        called, max_tokens = choose_call([limit for _, limit in rows], [self._room(prefix) for prefix, _ in rows])
+        drawn: list[_Completion | None] = [None] * len(rows)
+        completions = self._draw_together([rows[row][0] for row in called], max_tokens, stop)
+        for row, completion in zip(called, completions, strict=True):
+            drawn[row] = completion
         start = sum(counts[: self.generation.accelerator.process_index]) if self.is_collective else 0
-        return [drawn[row] for row in range(start, start + len(prefixes))]
+        return drawn[start : start + len(prefixes)]
 
-    def _draw_together(
-        self, prefixes: list[list[int]], max_tokens: int | None, stop: Sequence[str]
-    ) -> list[_Completion]:
-        """One completion after each prefix, of which all processes of a collective call have the same."""
+    def _room(self, prefix: list[int]) -> int:
+        """Most tokens to ask for after a prefix. A server refuses more than fits, a colocated engine stops there."""
+        return self.context_length - len(prefix) if self.generation.mode == "server" else sys.maxsize
+
+    def _draw_together(self, prefixes: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[_Completion]:
+        """One completion after each prefix. Processes that must call the engine together have the same prefixes."""
         if not self.is_collective:
             return self._call_engine(prefixes, max_tokens, stop)
         accelerator = self.generation.accelerator
@@ -179,10 +206,7 @@ class VLLMBackend:
         drawn: list[_Completion] = gather_object(self._call_engine(own, max_tokens, stop))
         return drawn[: len(prefixes)]
 
-    def _call_engine(
-        self, prefixes: list[list[int]], max_tokens: int | None, stop: Sequence[str]
-    ) -> list[_Completion]:
-        """At most `max_tokens` after each prefix; `None`: to the end of the context."""
+    def _call_engine(self, prefixes: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[_Completion]:
         generation = self.generation
         max_completion_length, options = generation.max_completion_length, generation.generation_kwargs
         generation.max_completion_length = max_tokens
@@ -197,28 +221,15 @@ class VLLMBackend:
             )
         finally:
             generation.max_completion_length, generation.generation_kwargs = max_completion_length, options
-        # Of each token, vLLM lists the log-probabilities of the sampled one alone; `None` stands for NaN. To the end
-        # of the context a server may have a limit of its own, so that what is short may go on.
+        # Of each token, vLLM lists the log-probabilities of the sampled one alone; `None` stands for NaN.
         return [
             _Completion(
                 list(ids),
                 [float("nan") if sampled is None else sampled for (sampled,) in rows],
-                max_tokens is not None and len(ids) < min(max_tokens, self.context_length - len(prefix)),
+                len(ids) < min(max_tokens, self.context_length - len(prefix)),
             )
             for prefix, ids, rows in zip(prefixes, token_ids, logprobs, strict=True)
         ]
-
-    def _is_over(
-        self, path: Sequence[int], completion: _Completion, limit: int, finder: DelimiterFinder | None
-    ) -> bool:
-        """Whether a segment ends in a completion."""
-        ids = completion.token_ids
-        return (
-            len(ids) >= limit
-            or ids[-1] in self.end_token_ids
-            or (completion.has_stopped if finder is None else finder.find(ids) is not None)
-            or self._find_stop(path, ids) is not None
-        )
 
     def _cut(
         self, path: Sequence[int], completion: _Completion, limit: int, finder: DelimiterFinder | None = None
@@ -257,15 +268,3 @@ class VLLMBackend:
         assert self.tokenizer is not None
         text = self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
         return any(stop in text for stop in self.stop_strings)
-
-
-def find_context_length(generation: Any) -> int:
-    """Most tokens of a prompt and its completion that the engine takes."""
-    if generation.mode == "colocate":
-        length: int = generation.llm.llm_engine.model_config.max_model_len
-        return length
-    answer = [None]
-    if generation.accelerator.is_main_process:  # no other process has a client
-        answer = [generation.vllm_client.get_server_info()["model_config"]["max_model_len"]]
-    (length,) = broadcast_object_list(answer)
-    return length
