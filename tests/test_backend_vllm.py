@@ -198,7 +198,7 @@ def test_greedy_trees_are_those_of_transformers(generation, vllm_reference, gree
 
     shape, expected = VLLM_SHAPE, grow_expected(VLLM_SHAPE)
     if min_tokens is not None:
-        texts = {tokenizer.decode(tree.completion_ids(tree.leaves[0])[2:4]) for tree in expected}
+        texts = {tokenizer.decode(tree.completion_ids(tree.leaves[0])[2:4]) for tree in expected} - {""}
         shape = replace(shape, delimiters=Delimiters((*texts,), min_tokens))
         expected = grow_expected(shape)
         firsts = [tree.nodes[1] for tree in expected]
@@ -263,15 +263,15 @@ def test_ignored_ends_do_not_end_a_branch(generation):
     assert all(tree.completion_ids(leaf) == [EOS] * 6 for leaf in tree.leaves)
 
 
-def pieces(shape: TreeShape, path: Sequence[int], ids: Sequence[int]) -> list[int]:
-    """Each number of tokens after which a delimiter ends a segment: decoded anew for each, without windows."""
+def find_ends(shape: TreeShape, ids: Sequence[int]) -> list[int]:
+    """After how many tokens a delimiter ends a segment, decoded as a whole."""
     tokenizer = make_tokenizer(tokens=VLLM_TOKENS)
     texts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
     return [
         end
         for end in range(shape.delimiters.min_tokens, len(ids) + 1)
         for text in shape.delimiters.texts
-        if texts[end].count(text) > texts[end - 1].count(text)
+        if text in texts[end][max(len(texts[end - 1]) + 1 - len(text), 0) :]
     ]
 
 
@@ -282,12 +282,12 @@ def check_delimited(shape: TreeShape, tree: Tree, stops: tuple[str, ...] = (), e
         is_last = tree.depths[index] == shape.max_depth
         left = shape.max_completion_length - tree.lengths[node.parent]
         limit = left if is_last else min(left, shape.segment_length)
-        found = [] if is_last else pieces(shape, tree.completion_ids(node.parent), node.token_ids)
+        found = [] if is_last else find_ends(shape, node.token_ids)
         text, before = (tokenizer.decode(tree.completion_ids(index)[:end]) for end in (None, -1))
         assert node.ended == (node.token_ids[-1] in ends or any(stop in text for stop in stops))
         assert not any(stop in before for stop in stops) and not set(ends) & set(node.token_ids[:-1])
         assert len(node.token_ids) == len(node.logprobs) <= limit
-        assert found in ([], [len(node.token_ids)])  # nothing is drawn beyond a delimiter
+        assert set(found) <= {len(node.token_ids)}  # nothing is drawn beyond a delimiter
         assert found or node.ended or len(node.token_ids) == limit
         seen.append((node, bool(found)))
     return seen
@@ -386,7 +386,7 @@ def check_greedy(model, tree: Tree, node: int) -> None:
 def test_nothing_ends_at_the_end_of_the_context(generation):
     """Rows are asked for more than they have room for, and the engine stops there by itself."""
     generation.generation_kwargs = {"logit_bias": {EOS: -100.0}}
-    shape = ForkShape(1, 3, 1, 1, min_segment_length=3, max_completion_length=12)
+    shape = ForkShape(1, 3, 1, 1, min_segment_length=1, max_completion_length=12)
     prompts = [[5] * (CONTEXT - 12), [9, 10], [5] * (CONTEXT - 15)]
     for tree in grow(prompts, shape, make_backend(generation)):
         assert not any(node.ended for node in tree.nodes)
