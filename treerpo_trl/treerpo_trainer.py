@@ -158,10 +158,9 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         self._phase_timer = PhaseTimer(self.accelerator.device)
         self._gradient_guard = GradientGuard(self.accelerator)
         self._starvation_watch = StarvationWatch(args, self.accelerator.is_main_process)
-        contexts = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
-        if self.use_vllm:
-            contexts.append(find_context_length(self.vllm_generation))
-        known = [context for context in contexts if context is not None]
+        self._engine_context = find_context_length(self.vllm_generation) if self.use_vllm else None
+        own_context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        known = [context for context in (own_context, self._engine_context) if context is not None]
         self._max_prompt_length = min(known) - config.max_completion_length if known else None
         # Where every forward pass of the model gathers its shards, processes must run it equally often.
         is_sharded = self._dist.is_fsdp or (self._dist.is_zero3 and not args.ds3_gather_for_generation)
@@ -227,6 +226,7 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             eos_token_ids=self.eos_token_ids,
             tokenizer=self._tokenizer,
             profile=lambda: profiling_context(self, "vLLM.generate"),
+            context_length=self._engine_context,
         )
         with backend.awake():
             return grow(prompts, self.tree_shape, backend)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from ...tree import Segment, Tree
 from ..delimiters import DelimiterFinder
 from ..waves import Delimiters, Wave
+from .context import choose_call, find_context_length
 
 
 # A server takes these from its model's generation config, and would count the tokens of one segment, not of its path.
@@ -22,12 +24,16 @@ NO_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 class _Completion(NamedTuple):
     """What vLLM drew after a prefix: tokens, and the log-probability, in nats, that each was drawn with.
 
-    `has_stopped` says whether it stopped before the length limit of the call.
+    `has_stopped` says whether it stopped before the length limit of the call and the end of the context.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     has_stopped: bool
+
+    def extended(self, more: _Completion) -> _Completion:
+        """This completion, with what was drawn after it."""
+        return _Completion(self.token_ids + more.token_ids, self.logprobs + more.logprobs, more.has_stopped)
 
 
 class VLLMBackend:
@@ -43,6 +49,7 @@ class VLLMBackend:
         eos_token_ids: Every token that ends a completion.
         tokenizer: Needed for stop strings and delimiters only.
         profile: Makes a context that times one call of the engine.
+        context_length: What [`find_context_length`] gives, where it is known: a server is asked for it otherwise.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class VLLMBackend:
         eos_token_ids: Sequence[int],
         tokenizer: PreTrainedTokenizerBase | None = None,
         profile: Callable[[], AbstractContextManager[None]] = nullcontext,
+        context_length: int | None = None,
     ):
         self.generation = generation
         self.tokenizer = tokenizer
@@ -63,6 +71,14 @@ class VLLMBackend:
         self.skip_special_tokens = options.get("skip_special_tokens", True)
         is_shared = generation.mode == "server" or generation.tensor_parallel_size > 1
         self.is_collective = is_shared and generation.accelerator.num_processes > 1
+        self._context_length = context_length
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a prompt and its completion that the engine takes."""
+        if self._context_length is None:
+            self._context_length = find_context_length(self.generation)
+        return self._context_length
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -101,58 +117,104 @@ class VLLMBackend:
         self, prefixes: list[list[int]], paths: list[list[int]], limits: list[int], delimiters: Delimiters | None
     ) -> list[Segment]:
         """One segment after each prefix, of which its path is the sampled part."""
-        most = max(limits, default=0)
+        drawn = [_Completion([], [], False)] * len(prefixes)
+        finder = None
         if delimiters is None:
-            drawn = self._draw(prefixes, most, stop=())
+            drawn = self._extend(drawn, prefixes, paths, limits)
         else:
-            drawn = self._draw_to_delimiters(prefixes, most, delimiters)
-        finder = None if delimiters is None else DelimiterFinder(delimiters, self.tokenizer)
+            finder = DelimiterFinder(delimiters, self.tokenizer)
+            # The first tokens pass delimiters by. vLLM's own option for that, min_tokens, bans end tokens, too.
+            firsts = [min(limit, delimiters.min_tokens - 1) for limit in limits]
+            drawn = self._extend(drawn, prefixes, paths, firsts, finder)
+            drawn = self._extend(drawn, prefixes, paths, limits, finder, delimiters.texts)
         return [
             self._cut(path, completion, limit, finder)
             for path, completion, limit in zip(paths, drawn, limits, strict=True)
         ]
 
-    def _draw_to_delimiters(
-        self, prefixes: list[list[int]], max_tokens: int, delimiters: Delimiters
+    def _extend(
+        self,
+        drawn: list[_Completion],
+        prefixes: list[list[int]],
+        paths: list[list[int]],
+        limits: list[int],
+        finder: DelimiterFinder | None = None,
+        stop: Sequence[str] = (),
     ) -> list[_Completion]:
-        """Completions whose first tokens pass delimiters by: vLLM's own option for that bans end tokens, too."""
-        free = delimiters.min_tokens - 1
-        if not free:
-            return self._draw(prefixes, max_tokens, delimiters.texts)
-        heads = self._draw(prefixes, free, stop=())
-        going = [row for row, head in enumerate(heads) if not self._has_ended(head)]
-        tails = self._draw(
-            [prefixes[row] + heads[row].token_ids for row in going], max_tokens - free, delimiters.texts
-        )
-        for row, tail in zip(going, tails, strict=True):
-            head = heads[row]
-            heads[row] = _Completion(head.token_ids + tail.token_ids, head.logprobs + tail.logprobs, tail.has_stopped)
-        return heads
+        """What was drawn after each prefix, continued until a segment ends in it or it is as long as its limit.
 
-    def _draw(self, prefixes: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[_Completion]:
-        """One completion after each prefix, up to a text of `stop`."""
-        if not self.is_collective:
-            return self._call_engine(prefixes, max_tokens, stop) if prefixes else []
-        accelerator = self.generation.accelerator
-        counts = gather_object([len(prefixes)])
-        everyones = gather_object(prefixes)
-        if not everyones:
-            return []
-        max_tokens = max(gather_object([max_tokens]))  # a server is asked once for all
-        share = -(-len(everyones) // accelerator.num_processes)
-        everyones += everyones[-1:] * (share * accelerator.num_processes - len(everyones))
-        start = share * accelerator.process_index
-        drawn = gather_object(self._call_engine(everyones[start : start + share], max_tokens, stop))
-        start = sum(counts[: accelerator.process_index])
+        vLLM may stop before: at the end of what it was asked for, or at a delimiter that began above the segment.
+        """
+        drawn = list(drawn)
+
+        def is_going(row: int) -> bool:
+            return not self._is_over(paths[row], drawn[row], limits[row], finder)
+
+        going = list(filter(is_going, range(len(drawn))))
+        while self._is_any(going):
+            more = self._draw(
+                [prefixes[row] + drawn[row].token_ids for row in going],
+                [limits[row] - len(drawn[row].token_ids) for row in going],
+                stop,
+            )
+            for row, completion in zip(going, more, strict=True):
+                if completion is not None:
+                    drawn[row] = drawn[row].extended(completion)
+            going = list(filter(is_going, going))
+        return drawn
+
+    def _is_any(self, rows: Sequence[int]) -> bool:
+        """Whether this process has rows, or one of those that must call the engine with it."""
+        return any(gather_object([bool(rows)])) if self.is_collective else bool(rows)
+
+    def _is_over(
+        self, path: Sequence[int], completion: _Completion, limit: int, finder: DelimiterFinder | None
+    ) -> bool:
+        """Whether a completion has as many tokens as its limit, or a segment ends in it."""
+        ids = completion.token_ids
+        if not ids or len(ids) >= limit:
+            return len(ids) >= limit
+        is_end = completion.has_stopped if finder is None else finder.find(ids) is not None
+        return is_end or ids[-1] in self.end_token_ids or self._find_stop(path, ids) is not None
+
+    def _draw(self, prefixes: list[list[int]], limits: list[int], stop: Sequence[str]) -> list[_Completion | None]:
+        """A completion after each prefix, of one call, `None` for those that are left for the next."""
+        counts, rows = [len(prefixes)], list(zip(prefixes, limits, strict=True))
+        if self.is_collective:
+            counts, rows = gather_object(counts), gather_object(rows)
+        called, max_tokens = choose_call([limit for _, limit in rows], [self._room(prefix) for prefix, _ in rows])
+        drawn: list[_Completion | None] = [None] * len(rows)
+        completions = self._draw_together([rows[row][0] for row in called], max_tokens, stop)
+        for row, completion in zip(called, completions, strict=True):
+            drawn[row] = completion
+        start = sum(counts[: self.generation.accelerator.process_index]) if self.is_collective else 0
         return drawn[start : start + len(prefixes)]
+
+    def _room(self, prefix: list[int]) -> int:
+        """Most tokens to ask for after a prefix. A server refuses more than fits, a colocated engine stops there."""
+        return self.context_length - len(prefix) if self.generation.mode == "server" else sys.maxsize
+
+    def _draw_together(self, prefixes: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[_Completion]:
+        """One completion after each prefix. Processes that must call the engine together have the same prefixes."""
+        if not self.is_collective:
+            return self._call_engine(prefixes, max_tokens, stop)
+        accelerator = self.generation.accelerator
+        share = -(-len(prefixes) // accelerator.num_processes)
+        fillers = prefixes[-1:] * (share * accelerator.num_processes - len(prefixes))
+        start = share * accelerator.process_index
+        own = [*prefixes, *fillers][start : start + share]
+        drawn: list[_Completion] = gather_object(self._call_engine(own, max_tokens, stop))
+        return drawn[: len(prefixes)]
 
     def _call_engine(self, prefixes: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[_Completion]:
         generation = self.generation
         max_completion_length, options = generation.max_completion_length, generation.generation_kwargs
         generation.max_completion_length = max_tokens
         generation.generation_kwargs = {**NO_PENALTIES, **options}
-        if stop:
-            generation.generation_kwargs["stop"] = [*self.stop_strings, *stop]
+        if stop:  # looked for as `DelimiterFinder` does
+            generation.generation_kwargs |= {"stop": [*self.stop_strings, *stop], "skip_special_tokens": False}
+            if "detokenize" in options:
+                generation.generation_kwargs["detokenize"] = True
         try:
             _, token_ids, logprobs, _ = generation.generate(
                 prompts=prefixes, images=None, num_generations=1, profiler=self.profile()
@@ -162,9 +224,11 @@ class VLLMBackend:
         # Of each token, vLLM lists the log-probabilities of the sampled one alone; `None` stands for NaN.
         return [
             _Completion(
-                list(ids), [float("nan") if sampled is None else sampled for (sampled,) in rows], len(ids) < max_tokens
+                list(ids),
+                [float("nan") if sampled is None else sampled for (sampled,) in rows],
+                len(ids) < min(max_tokens, self.context_length - len(prefix)),
             )
-            for ids, rows in zip(token_ids, logprobs, strict=True)
+            for prefix, ids, rows in zip(prefixes, token_ids, logprobs, strict=True)
         ]
 
     def _cut(
@@ -186,9 +250,6 @@ class VLLMBackend:
         ended = is_whole and (ids[-1] in self.end_token_ids or (finder is None and completion.has_stopped))
         return self._segment(ids[:end], ended, logprobs[:end])
 
-    def _has_ended(self, completion: _Completion) -> bool:
-        return completion.has_stopped or completion.token_ids[-1] in self.end_token_ids
-
     def _segment(self, ids: Sequence[int], ended: bool, logprobs: Sequence[float]) -> Segment:
         """Of the squared norm of a score, vLLM tells half at least: (1 - p)^2 of 1 - 2 p + sum_v p_v^2."""
         norms = tuple((1 - math.exp(logprob)) ** 2 for logprob in logprobs)
@@ -207,15 +268,3 @@ class VLLMBackend:
         assert self.tokenizer is not None
         text = self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
         return any(stop in text for stop in self.stop_strings)
-
-
-def find_context_length(generation: Any) -> int:
-    """Most tokens of a prompt and its completion that the engine takes."""
-    if generation.mode == "colocate":
-        length: int = generation.llm.llm_engine.model_config.max_model_len
-        return length
-    answer = [None]
-    if generation.accelerator.is_main_process:  # no other process has a client
-        answer = [generation.vllm_client.get_server_info()["model_config"]["max_model_len"]]
-    (length,) = broadcast_object_list(answer)
-    return length
