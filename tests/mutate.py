@@ -68,6 +68,13 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         "without a reward no group has a value, so nothing is compared": [
             "_kept: …rd is not None), default=0.0)  ->  …rd is not None), default=1.0)",
         ],
+        "the trees are held against what was made of the rewards once more, at the end": [
+            "assign_batch: …rds in zip(trees, rewards, strict=True)]  ->  …rds in zip(trees, rewards)]",
+            "assign_batch: …p(trees, rewards, strict=True)]  ->  …p(trees, rewards, strict=False)]",
+        ],
+        "a node that is compared with no sibling is not kept": [
+            "_of_tree: advantages = [0.0] * len(tree.parents)  ->  advantages = [1.0] * len(tree.parents)",
+        ],
     },
     "credit.paths": {
         "both are made of equal length; the check is for readers": [

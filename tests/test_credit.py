@@ -253,6 +253,7 @@ def test_an_estimator_must_give_one_advantage_to_each_value(monkeypatch):
         Estimator(of_tree=lambda tree: [0.0]),
         Estimator(of_forest=lambda forest: [[0.0] for _ in forest]),
         Estimator(of_forest=lambda forest: []),
+        Estimator(of_forest=lambda forest: [[0.0] * 7] * 2, has_unit_rms=True),
     ],
 )
 def test_an_estimator_must_give_one_advantage_to_each_node(short, monkeypatch):
