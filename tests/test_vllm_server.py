@@ -74,7 +74,7 @@ def seen(server, vllm_model_path, greedy_prompts, tmp_path_factory) -> list[dict
     command += ["--config_file", "accelerate_configs/multi_cpu.yaml", "examples/on_cpu.py"]
     command += ["tests/vllm_server_run.py", vllm_model_path, str(folder), server, json.dumps(greedy_prompts)]
     result = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]

@@ -19,6 +19,7 @@ from .context import choose_call, find_context_length
 
 # A server takes these from its model's generation config, and would count the tokens of one segment, not of its path.
 NO_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+MOST_STOPS_OF_A_SERVER = 4  # as in OpenAI's API
 
 
 class _Completion(NamedTuple):
@@ -212,7 +213,9 @@ class VLLMBackend:
         generation.max_completion_length = max_tokens
         generation.generation_kwargs = {**NO_PENALTIES, **options}
         if stop:  # looked for as `DelimiterFinder` does
-            generation.generation_kwargs |= {"stop": [*self.stop_strings, *stop], "skip_special_tokens": False}
+            # What a server is not told of costs tokens that are cut off again.
+            stops = [*stop, *self.stop_strings][: MOST_STOPS_OF_A_SERVER if generation.mode == "server" else None]
+            generation.generation_kwargs |= {"stop": stops, "skip_special_tokens": False}
             if "detokenize" in options:
                 generation.generation_kwargs["detokenize"] = True
         try:
