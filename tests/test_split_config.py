@@ -18,8 +18,8 @@ from treerpo_trl.growth import Delimiters, ForkShape, TreeShape
 from treerpo_trl.growth.from_config import shape_of, statistics_of
 
 
-FORKS = {"split_rule": "uncertainty", "num_trunks": 2, "per_device_train_batch_size": 6}
-LONE = {"split_rule": "uncertainty", "advantage_estimator": "optimal_baseline", "per_device_train_batch_size": 3}
+FORKS = {"split_rule": "uncertainty", "num_trunks": 2, "forks_per_trunk": 2, "per_device_train_batch_size": 6}
+LONE = {"split_rule": "uncertainty", "advantage_estimator": "optimal_baseline", "per_device_train_batch_size": 2}
 DELIMITED = {"split_rule": "delimiter"}
 
 REFUSED = [
@@ -109,7 +109,7 @@ def test_yaml_and_the_command_line_refuse_it_as_well(options, message, tmp_path)
         ({**DELIMITED, "step_delimiters": ("\\nabla",)}, 8, 384,
          TreeShape((2, 2, 2), 128, 384, Delimiters(("\\nabla",), 1))),
         (FORKS, 6, 384, ForkShape(2, 2, 1, 1, 1, 384)),
-        (LONE, 3, 384, ForkShape(1, 2, 1, 1, 1, 384)),
+        (LONE, 2, 384, ForkShape(1, 1, 1, 1, 1, 384)),
         (
             {**FORKS, "num_trunks": np.int64(3), "forks_per_trunk": 3, "continuations_per_fork": 2, "fork_rounds": 2,
              "min_segment_length": 4, "max_completion_length": 64, "per_device_train_batch_size": 39},

@@ -25,8 +25,8 @@ RULES = {
                             "advantage_estimator": "optimal_baseline"},
     "forks": {**FORKS, "num_trunks": 2, "forks_per_trunk": 1, "continuations_per_fork": 2,
               "advantage_estimator": "group_std", "min_segment_length": 3},
-    "forks, baseline": {**FORKS, "fork_rounds": 2, "uncertainty_measure": "entropy", "min_segment_length": 2,
-                        "advantage_estimator": "optimal_baseline", "loss_weighting": "node"},
+    "forks, baseline": {**FORKS, "forks_per_trunk": 2, "fork_rounds": 2, "uncertainty_measure": "entropy",
+                        "min_segment_length": 2, "advantage_estimator": "optimal_baseline", "loss_weighting": "node"},
 }  # fmt: skip
 LEAVES = {"delimiter": 6, "delimiter, baseline": 3, "forks": 6, "forks, baseline": 5}
 

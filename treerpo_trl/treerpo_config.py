@@ -62,7 +62,7 @@ class TreeRPOConfig(GRPOConfig):
         num_trunks (`int`, *optional*, defaults to `1`):
             With `split_rule="uncertainty"`: M, whole responses a prompt. A single one has no siblings, so it takes
             `advantage_estimator="optimal_baseline"`.
-        forks_per_trunk (`int`, *optional*, defaults to `2`):
+        forks_per_trunk (`int`, *optional*, defaults to `1`):
             K, forks of each trunk and all that has grown from it, a round; fewer where there are not as many places.
         continuations_per_fork (`int`, *optional*, defaults to `1`):
             T, new continuations of each fork.
@@ -177,7 +177,7 @@ class TreeRPOConfig(GRPOConfig):
     )
     num_trunks: int = field(default=1, metadata={"help": "Whole responses a prompt, with split_rule 'uncertainty'."})
     forks_per_trunk: int = field(
-        default=2, metadata={"help": "Forks of each of these a round, with split_rule 'uncertainty'."}
+        default=1, metadata={"help": "Forks of each of these a round, with split_rule 'uncertainty'."}
     )
     continuations_per_fork: int = field(
         default=1, metadata={"help": "New continuations of each fork, with split_rule 'uncertainty'."}

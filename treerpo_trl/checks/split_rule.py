@@ -15,7 +15,7 @@ SPLIT_RULES = ("length", "delimiter", "uncertainty")
 DELIMITER_OPTIONS: dict[str, Any] = {"step_delimiters": ["\n\n"]}
 FORK_OPTIONS: dict[str, Any] = {
     "num_trunks": 1,
-    "forks_per_trunk": 2,
+    "forks_per_trunk": 1,
     "continuations_per_fork": 1,
     "fork_rounds": 1,
     "uncertainty_measure": "surprisal",
