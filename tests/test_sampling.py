@@ -7,7 +7,7 @@ from conftest import RandomBackend, forests, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth import Delimiters, ForkShape, TreeShape, grow
 from treerpo_trl.tree import ROOT, Segment, Tree
 
 
@@ -72,7 +72,7 @@ def test_a_backend_must_draw_for_every_branch():
 
 def test_shapes_and_waves_are_immutable():
     shape = TreeShape((2, 3), 4, 8)
-    for data in (shape, shape.plan([], 0)[1]):
+    for data in (shape, shape.plan([], 0)[1], ForkShape(1, 1, 1, 1, 1, 8), Delimiters(("\n",), 1)):
         assert not hasattr(data, "__dict__")  # there is no room for other fields either
         for each in fields(data):
             with pytest.raises(FrozenInstanceError):
