@@ -19,11 +19,13 @@ from treerpo_trl import TreeRPOConfig
 from treerpo_trl.checks.command_line import TreeRPOParser
 from treerpo_trl.checks.moved_options import MOVED
 from treerpo_trl.checks.options import WHOLE_NUMBERS
+from treerpo_trl.checks.split_rule import FORK_OPTIONS
 from treerpo_trl.checks.tree_shape import shapes_of
 
 
 # A configuration in which every whole number of ours may be 8.
 FITTING = {"branching_factor": 8, "max_depth": 1, "log_trees": True}
+FORKS = {"split_rule": "uncertainty", "num_trunks": 2, "per_device_train_batch_size": 144}
 
 
 @pytest.mark.parametrize("name", WHOLE_NUMBERS)
@@ -32,6 +34,8 @@ def test_whole_numbers_of_any_type_are_taken_as_ints(name):
     fitting = {**FITTING, **depth, "per_device_train_batch_size": 256}
     if name == "max_completion_length":
         fitting["segment_length"] = 8
+    if name in {*FORK_OPTIONS, "min_segment_length"}:
+        fitting = FORKS
     for number in (8, np.int64(8), np.int32(8), torch.tensor(8)):
         assert type(getattr(make(**{**fitting, name: number}), name)) is int
 
