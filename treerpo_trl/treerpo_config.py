@@ -12,10 +12,10 @@ from .checks.generation_options import check_generation_kwargs
 from .checks.moved_options import explains_unknown_options
 from .checks.objective import check_min_advantage, check_normalizer, check_prune_threshold
 from .checks.options import check_options
+from .checks.paper import paper_setting
 from .checks.precision import bf16_explained
 from .checks.tree_shape import check_trees_fit, derive_tree, one_completion_allowed
 from .compatibility import refuse_oversized_engine, refuse_unsupported
-from .paper import paper_setting
 
 
 if TYPE_CHECKING:
