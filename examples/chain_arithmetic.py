@@ -9,7 +9,8 @@ then the answer:
     #28
 
 One character is one token, so a line is a reasoning step of 6 to 8 tokens. The quickstart's problems have 2 to 4
-operations and solutions of at most `MAX_SOLUTION_TOKENS`; other lengths are for comparisons.
+operations and solutions of at most `MAX_SOLUTION_TOKENS`; other lengths are for comparisons, and so are prompts that
+begin with worked examples, which make them several times as long as a solution.
 """
 
 import hashlib
@@ -114,20 +115,32 @@ def make_dataset(
     seed: int,
     held_out: bool = False,
     num_operations: tuple[int, int] = (MIN_OPERATIONS, MAX_OPERATIONS),
+    num_examples: int = 0,
 ) -> Dataset:
-    """Problems for RL or evaluation, with the columns `prompt` and `answer`."""
+    """Problems for RL or evaluation, with the columns `prompt` and `answer`; `num_examples` solved ones come first."""
     rng = random.Random(seed)
     problems = sample_problems(rng, held_out, num_operations)
     rows: dict[str, list[str]] = {"prompt": [], "answer": []}
     for _ in range(num_problems):
         start, operations = next(problems)
-        rows["prompt"].append(format_prompt(start, operations))
+        examples = worked_examples(rng, num_examples, num_operations)
+        rows["prompt"].append(examples + format_prompt(start, operations))
         rows["answer"].append(str(solve(start, operations, rng)[1]))
     return Dataset.from_dict(rows)
 
 
+def worked_examples(rng: random.Random, count: int, num_operations: tuple[int, int]) -> str:
+    """Problems of the training split with their solutions."""
+    problems = sample_problems(rng, False, num_operations)
+    examples = [next(problems) for _ in range(count)]
+    return "".join(f"{format_prompt(*example)}{solve(*example, rng)[0]}\n" for example in examples)
+
+
 def make_demonstrations(
-    error_rates: list[float], seed: int, num_operations: tuple[int, int] = (MIN_OPERATIONS, MAX_OPERATIONS)
+    error_rates: list[float],
+    seed: int,
+    num_operations: tuple[int, int] = (MIN_OPERATIONS, MAX_OPERATIONS),
+    num_examples: int = 0,
 ) -> Dataset:
     """Problems with written-out solutions for supervised training, one row an error rate, in this order.
 
@@ -138,7 +151,8 @@ def make_demonstrations(
     rows: dict[str, list[str]] = {"prompt": [], "completion": []}
     for error_rate in error_rates:
         start, operations = next(problems)
-        rows["prompt"].append(format_prompt(start, operations))
+        examples = worked_examples(rng, num_examples, num_operations)
+        rows["prompt"].append(examples + format_prompt(start, operations))
         rows["completion"].append(solve(start, operations, rng, error_rate)[0])
     return Dataset.from_dict(rows)
 

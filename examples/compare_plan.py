@@ -17,7 +17,7 @@ from treerpo_trl import TreeRPOConfig
 from treerpo_trl.growth import Shape, TreeShape, shape_of
 
 
-BUDGETS = ("tokens", "leaves", "seconds")
+BUDGETS = ("tokens", "leaves", "prompts", "seconds")
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,15 @@ class Method:
         branching: [D] branching factors of TreeRPO; empty is GRPO.
         num_generations: GRPO's completions a prompt.
         options: Other options of its config.
+        length_cost: What a response of the greatest length costs of its reward in training; a shorter one costs its
+            share. Evaluation is without it.
     """
 
     name: str
     branching: tuple[int, ...] = ()
     num_generations: int = 8
     options: dict[str, Any] = field(default_factory=dict)
+    length_cost: float = 0.0
 
     @property
     def grows_trees(self) -> bool:
@@ -66,9 +69,9 @@ class Budget:
 
     Args:
         kind: "tokens": sampled tokens, each counted once, prompts excluded; "leaves": completions of the complete
-            trees; "seconds": time of training, evaluation excluded.
+            trees; "prompts": prompts, whatever is sampled for each; "seconds": time of training, evaluation excluded.
         total: Of these, in all.
-        per_step: Sampled tokens a step ("leaves": leaves a step), which sets the prompts a step.
+        per_step: Sampled tokens a step ("leaves", "prompts": of these a step), which sets the prompts a step.
     """
 
     kind: str
@@ -77,7 +80,7 @@ class Budget:
 
     def prompts_per_step(self, shape: Shape, tokens_per_tree: float) -> int:
         """Prompts whose completions cost `per_step`, for trees that cost so many sampled tokens."""
-        cost = shape.num_leaves if self.kind == "leaves" else tokens_per_tree
+        cost = {"leaves": shape.num_leaves, "prompts": 1}.get(self.kind, tokens_per_tree)
         return max(1, round(self.per_step / cost))
 
 

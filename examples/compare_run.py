@@ -39,7 +39,7 @@ class Recorder(TrainerCallback):
     def __init__(self, run: Run, path: Path, rows_per_step: int, trees_per_step: int):
         self.run, self.path = run, path
         self.rows_per_step, self.trees_per_step = rows_per_step, trees_per_step
-        self.tokens, self.leaves, self.seconds, self.cpu_seconds = 0.0, 0, 0.0, 0.0
+        self.tokens, self.leaves, self.prompts, self.seconds, self.cpu_seconds = 0.0, 0, 0, 0.0, 0.0
         self.next_evaluation = 1
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.trainer: Any = None
@@ -60,6 +60,7 @@ class Recorder(TrainerCallback):
         else:
             self.tokens += logs["completions/mean_length"] * self.rows_per_step
         self.leaves += self.rows_per_step
+        self.prompts += self.trees_per_step
         for name, value in logs.items():
             if is_kept(name) and value is not None and not math.isnan(value):  # undefined without trained nodes
                 self.metrics[name].append(value)
@@ -82,7 +83,7 @@ class Recorder(TrainerCallback):
     def resume(self, records: list[dict[str, Any]]) -> None:
         """Go on after these measurements."""
         last = records[-1]
-        self.tokens, self.leaves = last["tokens"], last["leaves"]
+        self.tokens, self.leaves, self.prompts = last["tokens"], last["leaves"], last["prompts"]
         self.seconds, self.cpu_seconds = last["seconds"], last["cpu_seconds"]
         self.next_evaluation = len(records)  # the first was before training
 
@@ -108,6 +109,7 @@ class Recorder(TrainerCallback):
             "step": step,
             "tokens": round(self.tokens),
             "leaves": self.leaves,
+            "prompts": self.prompts,
             "seconds": round(self.seconds, 2),
             "cpu_seconds": round(self.cpu_seconds, 2),
             "pass_at_1": round(result.pass_at_1, 5),
@@ -119,6 +121,7 @@ class Recorder(TrainerCallback):
         if is_final:
             record |= {
                 "final": True,
+                "pass_at_k": round(result.pass_at_k, 5),
                 "problem_scores": [None if score is None else round(score, 4) for score in result.problem_scores],
             }
         with self.path.open("a") as file:
@@ -185,6 +188,15 @@ def as_ids(prompt: Any, tokenizer: Any) -> list[int]:
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
+def length_cost_reward(cost: float, max_completion_length: int) -> Any:
+    """A TRL reward function: minus `cost` for a response of the greatest length, in proportion for shorter ones."""
+
+    def length_cost(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        return [-cost * len(ids) / max_completion_length for ids in completion_ids]
+
+    return length_cost
+
+
 def make_trainer(run: Run, tokens_per_tree: float, output_dir: Path, max_steps: int, **kwargs: Any) -> GRPOTrainer:
     """The trainer of the method, with a step's prompts set by the budget."""
     workload, method = run.workload, run.method
@@ -222,8 +234,11 @@ def make_trainer(run: Run, tokens_per_tree: float, output_dir: Path, max_steps: 
         args = GRPOConfig(num_generations=method.num_generations, **options)
         trainer_class = GRPOTrainer
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    reward_funcs = workload.reward_funcs()
+    if method.length_cost:
+        reward_funcs.append(length_cost_reward(method.length_cost, workload.max_completion_length))
     trainer = trainer_class(
-        reward_funcs=workload.reward_funcs(),
+        reward_funcs=reward_funcs,
         args=args,
         train_dataset=workload.train(max_steps * rows_per_step // shape.num_leaves, seed=run.seed),
         **kwargs,

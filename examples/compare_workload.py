@@ -1,5 +1,6 @@
 """What a comparison trains: a base model, its problems in three splits, and the verifier."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -7,10 +8,15 @@ from typing import Any
 
 from datasets import Dataset
 from make_base_model import train_base_model
+from make_smollm2 import make_smollm2
 from tasks import BASE_MODELS, TASKS
 from train import TreeRPOScriptArguments, load_reward_funcs
 from train_data import load_split, set_columns
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+# Base models that are not trained from nothing: name -> what makes its folder.
+PRETRAINED: dict[str, Callable[[Path], None]] = {"smollm2_sums": make_smollm2}
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,12 @@ class Workload:
 def built_in(name: str, models_dir: Path, **options: Any) -> Workload:
     """The workload of a built-in task; a base model that is not shipped is made in `models_dir` first."""
     task = TASKS[name]
-    model = BASE_MODELS[task.base].shipped or models_dir / task.base
+    shipped = BASE_MODELS[task.base].shipped if task.base in BASE_MODELS else None
+    model = shipped or models_dir / task.base
     if not (model / "config.json").exists():
         print(f"Making the base model '{task.base}' in {model}, once")
-        train_base_model(task.base, model, seed=0)
+        if task.base in PRETRAINED:
+            PRETRAINED[task.base](model)
+        else:
+            train_base_model(task.base, model, seed=0)
     return Workload(task=name, model=str(model), max_completion_length=task.max_solution_tokens, **options)

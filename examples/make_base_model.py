@@ -30,7 +30,7 @@ def train_base_model(name: str, output_dir: Path, seed: int) -> None:
     base = BASE_MODELS[name]
     set_seed(seed)
     tokenizer = make_tokenizer(base.characters)
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, base.context_length)
     error_rates = [0.0] * (BATCH_SIZE * base.clean_steps) + [base.error_rate] * (BATCH_SIZE * base.noisy_steps)
     with tempfile.TemporaryDirectory() as scratch_dir:
         trainer = SFTTrainer(

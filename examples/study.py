@@ -7,211 +7,190 @@
 
     python examples/study.py --output_dir study-output --results_dir examples/results
 
-It takes some hours on two CPU cores, and goes on where it was stopped. Stages, in this order:
+It takes many hours on two CPU cores and goes on where it was stopped. The report has what is complete. Stages, in this
+order:
 
-- `headline`: two tasks; every method's learning rate and shape (GRPO's group size) from a grid on validation problems,
-  the result on test problems with seeds that served for nothing else.
-- `ablations`: estimator, pruning, weighting and shape, on validation problems, at TreeRPO's learning rate.
-- `lengths`: chains of 2, 4 and 8 operations, and chains of 8 that rarely succeed, at one learning rate.
+- `credit`: GRPO, flat samples and trees with the credit of the whole batch, and the paper's credit, on every task at
+  equal sampled tokens. Learning rates, shapes and GRPO's group size are chosen on validation problems. The result is
+  measured on test problems with other seeds.
+- `prompts`: the same at as many prompts, whatever is sampled for each.
+- `lengths`: credit that counts tokens, where responses vary in length.
 - `gradients`: the signal-to-noise ratio of the gradient on the base models.
 - `report`: tables, figures and JSON from all runs that are complete.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from compare_grpo import Workers, choose, tuning_runs
-from compare_plan import Run, is_complete
-from compare_report import compare, read_curve
+from compare_plan import Method, Run, is_complete
+from compare_report import read_curve
 from compare_workload import built_in
 from gradient_snr import measure_snr
-from study_plan import (
-    ABLATION_SEEDS,
-    ABLATION_TASK,
-    ABLATIONS,
-    COMPARISONS,
-    GRADIENT_BATCHES,
-    GRPO,
-    HEADLINE,
-    LENGTHS,
-    RATE,
-    SPARSE_TEMPERATURES,
-    SPARSE_TREES,
-    TREERPO,
-)
+from study_plan import COMPARISONS, CREDIT, GRADIENT_BATCHES, LENGTH_COSTS, PROMPTS, RATE, Comparison
 from study_report import (
-    ablation_table,
-    diagnostics,
-    draw_ablations,
-    draw_diagnostics,
-    draw_snr,
+    Found,
+    comparison_report,
+    draw_overview,
     headline_table,
-    write_task,
+    overview_table,
+    summarize,
+    write_comparison,
 )
+
+
+FEWEST_SEEDS = 2  # of a result that is reported
 
 
 class Study:
-    """The runs of the study, in one folder a task, and what has been chosen from them."""
+    """The runs of the study, in one folder a comparison, and what has been chosen from them."""
 
-    def __init__(self, output_dir: Path, num_workers: int):
+    def __init__(self, output_dir: Path, num_workers: int, names: Sequence[str] | None = None):
         self.output_dir = output_dir
+        self.names = names or list(COMPARISONS)
         self.workers = Workers(output_dir / "workers.log", num_workers)
 
     def template(self, name: str) -> Run:
         """A run of a comparison; method, learning rate and seed are to be replaced."""
         comparison = COMPARISONS[name]
-        models_dir = self.output_dir / "base_models"
+        workload = built_in(
+            comparison.task,
+            self.output_dir / "base_models",
+            temperature=comparison.temperature,
+            num_test=comparison.num_test,
+        )
         return Run(
-            workload=built_in(comparison.task, models_dir, temperature=comparison.temperature),
-            method=TREERPO,
+            workload=workload,
+            method=comparison.families["GRPO"][0],
             budget=comparison.budget,
             learning_rate=RATE,
             seed=0,
             split="test",
             num_evaluations=comparison.num_evaluations,
+            curve_problems=comparison.curve_problems,
+            final_samples=comparison.final_samples,
         )
 
     def execute(self, runs: Sequence[tuple[str, Run]]) -> None:
         """(name of the comparison, run) pairs."""
         self.workers.execute_all([(run, self.output_dir / name) for name, run in runs])
 
-    def grid(self, name: str, family: str) -> list[Run]:
-        """The runs from which a family's method and learning rate are chosen."""
+    def grid(self, name: str, *families: str) -> list[Run]:
+        """The runs from which the method and learning rate of a family, or the best of several, are chosen."""
         comparison = COMPARISONS[name]
-        methods, rates = comparison.families[family], comparison.learning_rates
-        return tuning_runs(self.template(name), methods, rates, comparison.tuning_seeds)
+        methods = [method for family in families for method in comparison.families[family]]
+        return tuning_runs(self.template(name), methods, comparison.learning_rates, comparison.tuning_seeds)
+
+    def chosen(self, name: str, *families: str) -> tuple[Method, float] | None:
+        """The best method and learning rate of these families; `None` before their grid is complete."""
+        comparison = COMPARISONS[name]
+        if not comparison.tuning_seeds:  # there is nothing to choose
+            return comparison.families[families[-1]][0], comparison.learning_rates[0]
+        grid = self.grid(name, *families)
+        if len(self.paths(name, grid)) < len(grid):
+            return None
+        return choose(grid, self.output_dir / name)
 
     def tests(self, name: str, family: str) -> list[Run]:
-        """The runs of the result."""
-        comparison = COMPARISONS[name]
-        if comparison.tuning_seeds:
-            method, rate = choose(self.grid(name, family), self.output_dir / name)
-        else:
-            (method,), (rate,) = comparison.families[family], comparison.learning_rates
+        """The runs of the result; none before the method is chosen."""
+        chosen = self.chosen(name, family)
+        if chosen is None:
+            return []
+        method, rate = chosen
         template = replace(self.template(name), method=method, learning_rate=rate)
-        return [replace(template, seed=seed) for seed in comparison.seeds]
+        return [replace(template, seed=seed) for seed in COMPARISONS[name].seeds]
 
     def compare(self, names: Iterable[str]) -> None:
         """Choose, then measure."""
-        families = ("TreeRPO", "GRPO")
-        self.execute([(name, run) for name in names for family in families for run in self.grid(name, family)])
-        # Seed by seed, so that an interrupted study has both methods.
-        runs = [(name, run) for name in names for family in families for run in self.tests(name, family)]
+        names = [name for name in names if name in self.names]
+        pairs = [(name, family) for name in names for family in COMPARISONS[name].families]
+        self.execute([(name, run) for name, family in pairs for run in self.grid(name, family)])
+        # Seed by seed, so that an interrupted study has all methods.
+        runs = [(name, run) for name, family in pairs for run in self.tests(name, family)]
         self.execute(sorted(runs, key=lambda pair: pair[1].seed))
 
-    def ablations(self, group: str) -> list[Run]:
-        """The runs of one group of the ablations."""
-        runs = [run for run in self.grid(ABLATION_TASK, "TreeRPO") if run.method == TREERPO]
-        _, rate = choose(runs, self.output_dir / ABLATION_TASK)
-        return tuning_runs(self.template(ABLATION_TASK), ABLATIONS[group], [rate], ABLATION_SEEDS)
-
-    def is_chosen(self, name: str) -> bool:
-        """Whether the runs are there from which the methods are chosen."""
-        return all(
-            len(self.paths(name, grid)) == len(grid)
-            for family in COMPARISONS[name].families
-            for grid in [self.grid(name, family)]
-        )
-
-    def paths(self, task: str, runs: Sequence[Run]) -> list[Path]:
+    def paths(self, name: str, runs: Sequence[Run]) -> list[Path]:
         """Files of those runs that are complete."""
-        paths = [self.output_dir / task / f"{run.name}.jsonl" for run in runs]
+        paths = [self.output_dir / name / f"{run.name}.jsonl" for run in runs]
         return [path for path in paths if is_complete(path)]
 
 
-def run_headline(study: Study) -> None:
-    """Both tasks, one after the other."""
-    for name in HEADLINE:
-        study.compare([name])
+def run_comparisons(comparisons: dict[str, Comparison]) -> Callable[[Study], None]:
+    """A stage: one comparison after the other."""
 
+    def stage(study: Study) -> None:
+        for name in comparisons:
+            study.compare([name])
 
-def run_ablations(study: Study) -> None:
-    """All groups; equal runs are executed once."""
-    runs = {run.name: (ABLATION_TASK, run) for group in ABLATIONS for run in study.ablations(group)}
-    study.execute(list(runs.values()))
-
-
-def run_lengths(study: Study) -> None:
-    """Short, middle and long chains, and long ones that rarely succeed."""
-    study.compare(LENGTHS)
+    return stage
 
 
 def run_gradients(study: Study) -> None:
-    """Signal-to-noise ratios, kept as JSON: of the methods of every comparison, and from rare to frequent success."""
-    jobs = []
-    for name, comparison in COMPARISONS.items():
-        trees, flats = ([study.tests(name, family)[0].method] for family in ("TreeRPO", "GRPO"))
-        path = study.output_dir / name / "snr.json"
-        jobs.append((path, comparison.task, comparison.temperature, trees, flats[0], comparison.budget.per_step))
-    for temperature in SPARSE_TEMPERATURES:
-        path = study.output_dir / "sparse" / f"snr-{temperature}.json"
-        jobs.append((path, "chains_of_8", temperature, SPARSE_TREES, GRPO[0], 8000))
+    """Signal-to-noise ratios of the chosen methods at equal sampled tokens, kept as JSON."""
     futures = {}
-    for path, task, temperature, trees, flat, per_step in jobs:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            workload = built_in(task, study.output_dir / "base_models", temperature=temperature)
-            arguments = workload, trees, flat, per_step, GRADIENT_BATCHES
-            futures[study.workers.pool.submit(measure_snr, *arguments)] = path
+    for name, comparison in CREDIT.items():
+        path = study.output_dir / name / "snr.json"
+        chosen = {family: study.chosen(name, family) for family in comparison.families}
+        if path.exists() or None in chosen.values():
+            continue
+        methods = {family: choice[0] for family, choice in chosen.items() if choice is not None}
+        flat = methods.pop("GRPO")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arguments = study.template(name).workload, list(methods.values()), flat, comparison.budget.per_step
+        futures[study.workers.pool.submit(measure_snr, *arguments, GRADIENT_BATCHES)] = path
     for future in as_completed(futures):
         path = futures[future]
         print(*(f"{path.parent.name} {json.dumps(result)}" for result in future.result()), sep="\n", flush=True)
         path.write_text(json.dumps(future.result()) + "\n")
 
 
-def report_comparison(study: Study, name: str, results_dir: Path) -> dict[str, Any] | None:
-    """Table, figures and numbers of one comparison; `None` if its runs are not complete."""
-    if not study.is_chosen(name):
-        return None
-    tests = {family: study.tests(name, family) for family in COMPARISONS[name].families}
-    paths = {family: study.paths(name, runs) for family, runs in tests.items()}
-    if any(len(paths[family]) < len(runs) for family, runs in tests.items()):
-        return None
-    curves = {family: [read_curve(path) for path in paths[family]] for family in tests}
-    write_task(name, curves, results_dir)
-    if name in HEADLINE:
-        draw_diagnostics(name, curves, results_dir / f"{name}_diagnostics.png")
-    snr_path = study.output_dir / name / "snr.json"
-    snr = json.loads(snr_path.read_text())[0] if snr_path.exists() else {"snr_ratio": None}
-    chosen = {
-        family: {"method": runs[0].method.name, "learning_rate": runs[0].learning_rate}
-        for family, runs in tests.items()
-    }
-    return {**snr, **compare(curves["TreeRPO"], curves["GRPO"]), "chosen": chosen, "diagnostics": diagnostics(curves)}
+def find(study: Study, name: str) -> dict[str, Found]:
+    """By family, GRPO first, what the study has found so far; families with too few runs are left out."""
+    folder = study.output_dir / name
+    if not folder.exists():  # a base model need not be made to find nothing
+        return {}
+    path = folder / "snr.json"
+    snr = {result["treerpo"]: result for result in json.loads(path.read_text())} if path.exists() else {}
+    found = {}
+    for family in COMPARISONS[name].families:
+        runs = study.tests(name, family)
+        paths = study.paths(name, runs)
+        if len(paths) >= FEWEST_SEEDS:
+            method, rate = runs[0].method.name, runs[0].learning_rate
+            found[family] = Found(method, rate, [read_curve(path) for path in paths], snr.get(method))
+    return found if "GRPO" in found else {}
 
 
 def write_report(study: Study, results_dir: Path) -> None:
-    """Everything in `results_dir`, from the comparisons and ablations that are complete."""
+    """Everything in `results_dir`, from the runs that are complete."""
     results_dir.mkdir(parents=True, exist_ok=True)
-    reports = {name: report_comparison(study, name, results_dir) for name in COMPARISONS}
-    summary = {name: report for name, report in reports.items() if report is not None}
+    reports = {}
+    for name in COMPARISONS:
+        found = find(study, name)
+        if len(found) > 1:
+            write_comparison(name, found, results_dir)
+            reports[name] = comparison_report(found)
+            trees = [family for family in found if family not in ("GRPO", "flat")]
+            chosen = study.chosen(name, *trees)
+            reports[name]["best"] = next(f for f in trees if chosen and found[f].method == chosen[0].name)
+    summary = {name: summarize(name, reports) for name in CREDIT if name in reports}
     (results_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (results_dir / "comparisons.json").write_text(json.dumps(reports, indent=2) + "\n")
     (results_dir / "headline.md").write_text(headline_table(summary))
-    sparse = [json.loads(path.read_text()) for path in sorted(study.output_dir.glob("sparse/*.json"))]
-    if sparse:
-        (results_dir / "snr_by_success.json").write_text(json.dumps(sparse, indent=2) + "\n")
-        draw_snr([result for results in sparse for result in results], results_dir / "snr_by_success.png")
-    if ABLATION_TASK in summary:
-        ablations = {
-            group: {
-                method.name: [
-                    read_curve(path)
-                    for path in study.paths(ABLATION_TASK, [r for r in study.ablations(group) if r.method == method])
-                ]
-                for method in methods
-            }
-            for group, methods in ABLATIONS.items()
-        }
-        (results_dir / "ablations.md").write_text(ablation_table(ablations))
-        draw_ablations(ablations, results_dir / "ablations.png")
+    (results_dir / "overview.md").write_text(overview_table(reports))
+    draw_overview({name: reports[name] for name in CREDIT if name in reports}, results_dir / "overview.png")
 
 
-STAGES = {"headline": run_headline, "ablations": run_ablations, "lengths": run_lengths, "gradients": run_gradients}
+STAGES = {
+    "credit": run_comparisons(CREDIT),
+    "prompts": run_comparisons(PROMPTS),
+    "lengths": run_comparisons(LENGTH_COSTS),
+    "gradients": run_gradients,
+}
 
 
 def main() -> None:
@@ -220,9 +199,10 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("study-output"), help="runs and base models")
     parser.add_argument("--results_dir", type=Path, default=Path("study-output/results"), help="tables and figures")
     parser.add_argument("--stages", nargs="+", choices=[*STAGES, "report"], default=[*STAGES, "report"])
+    parser.add_argument("--tasks", nargs="+", choices=list(COMPARISONS), help="only these comparisons of the stages")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
-    study = Study(args.output_dir, args.workers)
+    study = Study(args.output_dir, args.workers, args.tasks)
     for stage in args.stages:
         if stage == "report":
             write_report(study, args.results_dir)

@@ -6,88 +6,125 @@ from typing import Any
 from compare_plan import Budget, Method
 
 
-def tree(*branching: int, suffix: str = "", **options: Any) -> Method:
-    """TreeRPO with this shape, and segments of equal length."""
-    return Method(f"treerpo-{suffix or 'x'.join(map(str, branching))}", branching, options=options)
+def paper(*branching: int) -> Method:
+    """Segments of equal length and the paper's credit."""
+    return Method(f"paper-{'x'.join(map(str, branching))}", branching, options={"advantage_estimator": "treerpo"})
 
 
-TREERPO = tree(2, 2, 2, 2)
-SMALL = tree(4, 2)  # the best of the ablations
+def optimal(*branching: int, **options: Any) -> Method:
+    """The same with the credit of the whole batch; with one factor, flat samples."""
+    name = ("flat-" if len(branching) == 1 else "tree-") + "x".join(map(str, branching))
+    return Method(name, branching, options={"advantage_estimator": "optimal_baseline", **options})
+
+
+def forks(num_trunks: int, forks_per_trunk: int) -> Method:
+    """Whole responses that fork at their most surprising tokens, with the credit of the whole batch."""
+    return Method(
+        f"forks-{num_trunks}x{forks_per_trunk}",
+        options={
+            "advantage_estimator": "optimal_baseline",
+            "split_rule": "uncertainty",
+            "num_trunks": num_trunks,
+            "forks_per_trunk": forks_per_trunk,
+            "min_segment_length": 2,
+        },
+    )
+
+
 GRPO = [Method(f"grpo-{count}", (), count) for count in (8, 4)]
-BUDGET = Budget("tokens", total=320_000, per_step=4000)
 RATE = 2e-4
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """TreeRPO against GRPO on one task.
+    """Methods on one task, each against GRPO.
 
     Args:
         task: Name in `TASKS`.
-        families: What each method is chosen from.
+        families: What each method is chosen from; the family `GRPO` is what the others are compared with.
         learning_rates: And each learning rate; with one method and one rate there is nothing to choose.
         tuning_seeds: Seeds of the choice.
         seeds: Seeds of the result.
         temperature: Of the policy.
+        num_test: Problems of the result.
+        final_samples: Samples of each of them.
+        curve_problems: Problems of the measurements on the way, one sample each.
     """
 
     task: str
-    families: dict[str, list[Method]] = field(default_factory=lambda: {"TreeRPO": [SMALL], "GRPO": GRPO[:1]})
+    families: dict[str, list[Method]]
     learning_rates: tuple[float, ...] = (RATE,)
     tuning_seeds: tuple[int, ...] = ()
-    seeds: tuple[int, ...] = (0, 1, 2)
-    budget: Budget = BUDGET
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    budget: Budget = field(default_factory=lambda: Budget("tokens", total=160_000, per_step=4000))
     temperature: float = 1.0
-    num_evaluations: int = 4
+    num_evaluations: int = 6
+    num_test: int = 512
+    final_samples: int = 8
+    curve_problems: int = 512
 
 
-def headline(task: str) -> Comparison:
-    """Shapes, GRPO's group size and learning rates chosen on validation problems; five seeds."""
+def credit(task: str, families: dict[str, list[Method]], **changes: Any) -> Comparison:
+    """A comparison of the credit of the whole batch with GRPO, learning rates and shapes chosen in one run each."""
     return Comparison(
-        task,
-        families={"TreeRPO": [TREERPO, tree(4, 4), tree(8, 2), SMALL], "GRPO": GRPO},
-        learning_rates=(1e-4, RATE, 4e-4),
-        tuning_seeds=(100, 101),
-        seeds=(0, 1, 2, 3, 4),
-        num_evaluations=8,
+        task, families={"GRPO": GRPO, **families}, learning_rates=(RATE, 4e-4), tuning_seeds=(100,), **changes
     )
 
 
-HEADLINE = {"chain_arithmetic": headline("chain_arithmetic"), "countdown": headline("countdown")}
-# At the learning rate that both methods have in both of the above, and with as many leaves.
-LENGTHS = {name: Comparison(name) for name in ("chains_of_2", "chains_of_4", "chains_of_8")} | {
-    # At this temperature 3% of the responses are right.
-    "rare_chains": Comparison(
+def equal_prompts(task: str, per_step: int, families: dict[str, list[Method]]) -> Comparison:
+    """As many prompts a step for as many steps, whatever is sampled for each: the paper's protocol."""
+    budget = Budget("prompts", total=40 * per_step, per_step=per_step)
+    families = {"GRPO": GRPO[:1], **families}
+    return Comparison(task, families, learning_rates=(RATE, 4e-4), tuning_seeds=(100,), seeds=(0, 1, 2), budget=budget)
+
+
+FAMILIES = {"tree": [optimal(2, 2)], "flat": [optimal(2)], "forks": [forks(1, 1)]}
+MANY_LEAVES = {"tree": [optimal(4, 4)], "flat": [optimal(16)], "forks": [forks(8, 1)]}
+CREDIT = {
+    **{
+        task: credit(task, {**FAMILIES, "paper": [paper(4, 2)]})
+        for task in ("chain_arithmetic", "countdown", "chains_of_8")
+    },
+    "noisy_graded_chains": credit(
+        "noisy_graded_chains",
+        {
+            "tree": [optimal(2, 2, 2, 2), optimal(2, 4)],
+            "flat": [optimal(2), optimal(4)],
+            "forks": [forks(1, 2)],
+            "paper": [paper(2, 2, 2, 2)],
+        },
+    ),
+    "few_shot_chains": credit("few_shot_chains", FAMILIES | {"paper": [paper(4, 2)]}, seeds=(0, 1, 2)),
+    # Chains of 8 at this temperature: 3% of the responses are right.
+    "rare_chains": credit(
         "chains_of_8",
-        families={"TreeRPO": [tree(4, 4, 4)], "GRPO": GRPO[:1]},
-        budget=Budget("tokens", total=640_000, per_step=8000),
+        FAMILIES | {"tree": [optimal(4, 4), optimal(4, 4, 4)]},
+        seeds=(0, 1, 2),
+        budget=Budget("tokens", total=320_000, per_step=8000),
         temperature=1.2,
-    )
+    ),
 }
-COMPARISONS = HEADLINE | LENGTHS
-ABLATION_TASK, ABLATION_SEEDS = "chain_arithmetic", (100, 101, 102)
-LATE = 30  # tokens of the first segment, of the 37 of the longest solution in chain_arithmetic
+# About as many prompts a step as GRPO with 8 completions has at 4,000 tokens a step.
+PROMPTS = {
+    f"{task}_prompts": equal_prompts(task, per_step, MANY_LEAVES)
+    for task, per_step in (("chain_arithmetic", 18), ("countdown", 9), ("chains_of_8", 8), ("noisy_graded_chains", 8))
+}
+
+
+def shorter(cost: float) -> dict[str, list[Method]]:
+    """GRPO and forks, responses of the greatest length at this cost."""
+    methods = {"GRPO": GRPO[0], "flat": optimal(2), "forks": forks(1, 1)}
+    return {
+        family: [Method(f"{m.name}-cost{cost:g}", m.branching, m.num_generations, m.options, length_cost=cost)]
+        for family, m in methods.items()
+    }
+
+
+# Credit that counts tokens, where routes and so responses vary in length.
+LENGTH_COSTS = {
+    f"countdown_cost_{cost:g}": Comparison("countdown", shorter(cost), learning_rates=(RATE,), seeds=(0, 1, 2))
+    for cost in (0.1, 0.3)
+}
+
+COMPARISONS = CREDIT | PROMPTS | LENGTH_COSTS
 GRADIENT_BATCHES = 48
-SPARSE_TEMPERATURES, SPARSE_TREES = (0.6, 0.8, 1.0, 1.2, 1.4), [TREERPO, tree(4, 4), tree(4, 4, 4)]
-# What differs from TREERPO, a row of the table each; the first of every group is TREERPO itself.
-ABLATIONS: dict[str, list[Method]] = {
-    "estimator": [
-        TREERPO,
-        *(
-            tree(2, 2, 2, 2, suffix=name, advantage_estimator=name)
-            for name in ("bernoulli_std", "group_std", "centered")
-        ),
-    ],
-    "pruning": [TREERPO, tree(2, 2, 2, 2, suffix="tau0", prune_threshold=0.0)],
-    "weighting": [TREERPO, tree(2, 2, 2, 2, suffix="node", loss_weighting="node")],
-    "fewer leaves": [TREERPO, tree(2, 2), SMALL, tree(2, 2, 2)],
-    "16 leaves": [TREERPO, tree(16), tree(8, 2), tree(4, 4), tree(4, 2, 2)],
-    "64 leaves": [TREERPO, tree(64), tree(8, 8), tree(4, 4, 4), tree(2, 2, 2, 2, 2, 2)],
-    # Of the tokens of the longest response: 1/4 (TREERPO), 1/5 (about a line), 4/5 (only the end branches again).
-    "segment length": [
-        TREERPO,
-        tree(2, 2, 2, 2, 2),
-        tree(4, 4, suffix="4x4-late", segment_length=LATE),
-        tree(8, 2, suffix="8x2-late", segment_length=LATE),
-    ],
-}

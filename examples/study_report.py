@@ -1,166 +1,220 @@
-"""What `study.py` writes: a table, a figure and the curves of each task, tables of the ablations, diagnostics."""
+"""What `study.py` writes: a table, a figure and the curves of each comparison, and an overview of all."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from compare_report import Curve, draw, finals, interval, table, welch
+from compare_report import Curve, compare, draw, finals, table
 
 
-def write_task(task: str, curves: Mapping[str, Sequence[Curve]], results_dir: Path) -> None:
-    """`TASK.md`, `TASK.png` and `TASK.json`: the last has every measurement of every run."""
-    (results_dir / f"{task}.md").write_text(table(curves) + "\n")
-    draw(curves, task, results_dir / f"{task}.png")
-    runs = {family: [plain(curve) for curve in family_curves] for family, family_curves in curves.items()}
-    (results_dir / f"{task}.json").write_text(json.dumps(runs) + "\n")
+LABELS = {
+    "GRPO": "GRPO",
+    "paper": "trees, the paper's credit",
+    "flat": "flat samples, optimal baseline",
+    "tree": "trees, optimal baseline",
+    "forks": "forks, optimal baseline",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the study found of one family.
+
+    Args:
+        method, learning_rate: What was chosen.
+        curves: Its runs on test problems.
+        snr: What `gradient_snr` says of it against GRPO.
+    """
+
+    method: str
+    learning_rate: float
+    curves: Sequence[Curve]
+    snr: Mapping[str, Any] | None = None
+
+
+def write_comparison(name: str, found: Mapping[str, Found], results_dir: Path) -> None:
+    """`NAME.md`, `NAME.png` and `NAME.json`: the last has every measurement of every run."""
+    curves = {LABELS[family]: entry.curves for family, entry in found.items()}
+    (results_dir / f"{name}.md").write_text(table(curves) + "\n")
+    draw(curves, name, results_dir / f"{name}.png")
+    runs = {family: [plain(curve) for curve in entry.curves] for family, entry in found.items()}
+    (results_dir / f"{name}.json").write_text(json.dumps(runs) + "\n")
 
 
 def plain(curve: Curve) -> dict[str, Any]:
     """A run's measurements as JSON."""
-    columns = {name: getattr(curve, name).tolist() for name in ("tokens", "seconds", "cpu_seconds")}
-    columns |= {name: getattr(curve, name).tolist() for name in ("pass_at_1", "mean_length")}
-    return columns | {"mean_length_correct": curve.final["mean_length_correct"], "truncated": curve.final["truncated"]}
-
-
-def diagnostics(curves: Mapping[str, Sequence[Curve]]) -> dict[str, dict[str, list[float]]]:
-    """Per family and metric, [E] means over runs at each evaluation: kept groups, advantages, entropy."""
-    result: dict[str, dict[str, list[float]]] = {}
-    for family, runs in curves.items():
-        names = sorted({name for run in runs for metrics in run.metrics for name in metrics if is_diagnostic(name)})
-        result[family] = {
-            name: [
-                round(float(np.mean([step[name] for step in steps if name in step])), 5)
-                for steps in zip(*(run.metrics[1:] for run in runs), strict=False)
-                if any(name in step for step in steps)
-            ]
-            for name in names
-        }
-    return result
+    columns = ("tokens", "seconds", "cpu_seconds", "pass_at_1", "mean_length")
+    kept = ("prompts", "mean_length_correct", "truncated", "pass_at_k")
+    metrics = [{name: value for name, value in step.items() if is_diagnostic(name)} for step in curve.metrics]
+    return {
+        **{name: getattr(curve, name).tolist() for name in columns},
+        **{name: curve.final[name] for name in kept},
+        "metrics": metrics,
+    }
 
 
 def is_diagnostic(name: str) -> bool:
-    """Whether a metric goes into the summary."""
+    """Whether a metric goes into the results."""
     names = ("tree/trained_tokens", "tree/token_sharing", "entropy", "frac_reward_zero_std", "grad_norm")
     return name.startswith(("tree/kept_groups", "tree/advantage_abs")) or name in names
 
 
-def draw_diagnostics(task: str, curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """Entropy, kept groups and size of advantages over training."""
-    numbers = diagnostics(curves)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
-    for family, metrics in numbers.items():
-        axes[0].plot(metrics["entropy"], marker=".", label=family)
-    axes[0].set_title("entropy of the policy")
-    for name, values in numbers["TreeRPO"].items():
-        for axis, prefix in ((axes[1], "tree/kept_groups/"), (axes[2], "tree/advantage_abs/")):
-            if name.startswith(prefix):
-                axis.plot(values, marker=".", label=name.removeprefix(prefix).replace("_", " "))
-    zero = numbers["GRPO"].get("frac_reward_zero_std", [])
-    axes[1].plot([1 - share for share in zero], marker=".", color="black", linestyle=":", label="GRPO")
-    axes[1].set_title("share of groups that are trained")
-    axes[2].set_title("mean size of trained advantages")
-    for axis in axes:
-        axis.set_xlabel("evaluation")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="upper right")
-        axis.margins(y=0.35)
-    figure.suptitle(task)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def comparison_report(found: Mapping[str, Found]) -> dict[str, Any]:
+    """The numbers of one comparison: each family's own, and those of its difference from GRPO."""
+    flat = found["GRPO"].curves
+    families = {}
+    for family, entry in found.items():
+        numbers: dict[str, Any] = {"method": entry.method, "learning_rate": entry.learning_rate}
+        numbers |= {"seeds": len(entry.curves), "entropy": end_entropy(entry.curves)}
+        for name in ("pass_at_1", "pass_at_k", "mean_length", "tokens", "prompts", "cpu_seconds"):
+            numbers[name] = float(finals(entry.curves, name).mean())
+        if family != "GRPO":
+            numbers["against_grpo"] = compare(entry.curves, flat)
+            snr = entry.snr or {"snr_ratio": None, "snr_ratio_ci": [None, None]}
+            numbers |= {"snr_ratio": snr["snr_ratio"], "snr_ratio_ci": snr["snr_ratio_ci"]}
+        if family not in ("GRPO", "flat") and "flat" in found:
+            numbers["against_flat"] = compare(entry.curves, found["flat"].curves)
+        families[family] = numbers
+    return {"pass_at_1_before": float(np.mean([curve.pass_at_1[0] for curve in flat])), "families": families}
 
 
-def ablation_table(ablations: Mapping[str, Mapping[str, Sequence[Curve]]]) -> str:
-    """Markdown: a row a variant, its difference from the first of its group with a 95% interval over seeds."""
-    lines = [
-        "| group | variant | seeds | Pass@1 | difference from the first (95%) | response length | CPU seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for group, variants in ablations.items():
-        first = next(iter(variants.values()))
-        for name, curves in variants.items():
-            if len(curves) < 2 or len(first) < 2:
-                continue
-            scores = finals(curves, "pass_at_1")
-            delta, low, high = welch(scores, finals(first, "pass_at_1"))
-            difference = "" if curves is first else in_points(delta, (low, high))
-            length, seconds = finals(curves, "mean_length").mean(), finals(curves, "cpu_seconds").mean()
-            cells = [group, name, len(curves), f"{scores.mean():.3f}", difference, f"{length:.1f}", f"{seconds:.0f}"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+def end_entropy(curves: Sequence[Curve]) -> float:
+    """Entropy of the policy's tokens over the last stretch of training, the mean of the runs."""
+    return float(np.mean([curve.metrics[-1]["entropy"] for curve in curves]))
 
 
-def draw_ablations(ablations: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path) -> None:
-    """Pass@1 of every variant with its 95% interval over seeds."""
-    figure, axis = plt.subplots(figsize=(7, 7), layout="constrained")
-    labels: list[str] = []
-    for index, (group, variants) in enumerate(ablations.items()):
-        for name, curves in variants.items():
-            if len(curves) < 2:
-                continue
-            scores = finals(curves, "pass_at_1")
-            axis.plot(interval(scores), [len(labels)] * 2, color=f"C{index}")
-            axis.plot(scores.mean(), len(labels), "o", color=f"C{index}")
-            labels.append(f"{group}: {name.removeprefix('treerpo-')}")
-    axis.set_yticks(range(len(labels)), labels)
-    axis.invert_yaxis()
-    axis.set_xlabel("Pass@1 on validation problems")
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def summarize(name: str, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The best trees of a task against GRPO under the three budgets, and flat samples with the same credit.
+
+    Differences are in points of Pass@1.
+    """
+    report, prompts = reports[name], reports.get(f"{name}_prompts")
+    families = report["families"]
+    summary = {
+        "method": families[report["best"]]["method"],
+        "baseline": families["GRPO"]["method"],
+        "pass_at_1_before": report["pass_at_1_before"],
+        "pass_at_1_baseline": families["GRPO"]["pass_at_1"],
+    }
+    for prefix, family in (("", report["best"]), ("flat_", "flat")):
+        if family not in families:
+            continue
+        numbers = families[family]
+        summary |= {prefix + key: value for key, value in differences(numbers).items()}
+        if prompts is not None:
+            fitting = prompts["best"] if prefix == "" else "flat"
+            if fitting in prompts["families"]:
+                found = prompts["families"][fitting]
+                summary[f"{prefix}method_prompts"] = found["method"]
+                summary |= in_points(f"{prefix}delta_prompts", found["against_grpo"], "delta_pass_at_1")
+    return summary
 
 
-def draw_snr(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The ratio of signal-to-noise ratios against the policy's share of right answers, a line a shape."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for index, name in enumerate(dict.fromkeys(result["treerpo"] for result in results)):
-        points = sorted((r["pass_at_1"], r["snr_ratio"], *r["snr_ratio_ci"]) for r in results if r["treerpo"] == name)
-        x, ratio, low, high = np.array(points).T
-        axis.errorbar(x, ratio, yerr=[ratio - low, high - ratio], marker="o", color=f"C{index}", label=name, capsize=3)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xscale("log")
-    axis.set_xticks(ticks := (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), map(str, ticks))
-    axis.minorticks_off()
-    axis.set_xlabel("Pass@1 of the policy")
-    axis.set_ylabel("gradient SNR, TreeRPO / GRPO")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def differences(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """A family's numbers of the summary, from those of its comparison with GRPO."""
+    against = numbers["against_grpo"]
+    return {
+        "pass_at_1": numbers["pass_at_1"],
+        **in_points("delta_tokens", against, "delta_pass_at_1"),
+        **in_points("delta_time", against, "delta_at_equal_cpu_seconds"),
+        "length_ratio": against["length_ratio"],
+        "snr_ratio": numbers["snr_ratio"],
+        "seeds": against["seeds"],
+    }
+
+
+def in_points(name: str, numbers: Mapping[str, Any], source: str) -> dict[str, float]:
+    """A difference of Pass@1 with its interval, in points."""
+    low, high = numbers[f"{source}_ci"]
+    values = {name: numbers[source], f"{name}_low": low, f"{name}_high": high}
+    return {key: round(100 * value, 2) for key, value in values.items()}
 
 
 def headline_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: a row a task, as in the README."""
-    columns = [
-        "task",
-        "Pass@1 before",
-        "GRPO",
-        "TreeRPO",
-        "difference at equal tokens, points",
-        "at equal CPU time",
-        "length, TreeRPO / GRPO",
-        "tokens to parity",
-        "CPU time, TreeRPO / GRPO",
-        "gradient SNR, TreeRPO / GRPO",
-    ]
+    columns = ["task", "Pass@1 before", "GRPO", "trees", "points above GRPO, equal tokens", "equal CPU time",
+               "equal prompts", "flat samples: equal tokens", "equal CPU time", "seeds"]  # fmt: skip
     lines = [columns, ["---"] * len(columns)]
     for task, numbers in summary.items():
-        shares = [f"{numbers[name]:.3f}" for name in ("pass_at_1_before", "pass_at_1_grpo", "pass_at_1_treerpo")]
-        ends = [numbers["ci_low"], numbers["ci_high"]]
-        timed = in_points(numbers["delta_at_equal_cpu_seconds"], numbers["delta_at_equal_cpu_seconds_ci"])
-        length = "{:.3f} ({:.3f} to {:.3f})".format(numbers["length_ratio"], *numbers["length_ratio_ci"])
-        parity = "not reached" if numbers["tokens_to_parity"] is None else f"{numbers['tokens_to_parity']:.2f}"
-        snr = ""
-        if numbers["snr_ratio"] is not None:
-            snr = "{:.2f} ({:.2f} to {:.2f})".format(numbers["snr_ratio"], *numbers["snr_ratio_ci"])
-        points = in_points(numbers["delta_pass_at_1"], ends)
-        lines.append([task, *shares, points, timed, length, parity, f"{numbers['cpu_seconds_ratio']:.2f}", snr])
+        before, baseline, trees = (
+            f"{numbers[name]:.3f}" for name in ("pass_at_1_before", "pass_at_1_baseline", "pass_at_1")
+        )
+        deltas = ("delta_tokens", "delta_time", "delta_prompts", "flat_delta_tokens", "flat_delta_time")
+        lines.append(
+            [
+                task,
+                before,
+                f"{baseline} ({numbers['baseline']})",
+                f"{trees} ({numbers['method']})",
+                *(show_delta(numbers, name) for name in deltas),
+                str(numbers["seeds"]),
+            ]
+        )
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def in_points(delta: float, ends: Sequence[float]) -> str:
-    """A difference of Pass@1 with its interval, in percentage points."""
-    low, high = ends
-    return f"{100 * delta:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+def show_delta(summary: Mapping[str, Any], name: str) -> str:
+    """A difference of the summary with its interval, or nothing if it was not measured."""
+    if name not in summary:
+        return ""
+    return f"{summary[name]:+.1f} ({summary[f'{name}_low']:+.1f} to {summary[f'{name}_high']:+.1f})"
+
+
+def overview_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: a row a method of every comparison."""
+    columns = ["task", "method", "seeds", "Pass@1", "points above GRPO (95%)", "at equal CPU time", "pass@8",
+               "entropy", "length", "tokens, thousands", "prompts", "CPU seconds"]  # fmt: skip
+    lines = [columns, ["---"] * len(columns)]
+    for name, report in reports.items():
+        for numbers in report["families"].values():
+            against = numbers.get("against_grpo")
+            points = [show_points(against, key) for key in ("delta_pass_at_1", "delta_at_equal_cpu_seconds")]
+            lines.append(
+                [
+                    name,
+                    numbers["method"],
+                    str(numbers["seeds"]),
+                    f"{numbers['pass_at_1']:.3f}",
+                    *points,
+                    f"{numbers['pass_at_k']:.3f}",
+                    f"{numbers['entropy']:.3f}",
+                    f"{numbers['mean_length']:.1f}",
+                    f"{numbers['tokens'] / 1000:.0f}",
+                    f"{numbers['prompts']:.0f}",
+                    f"{numbers['cpu_seconds']:.0f}",
+                ]
+            )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def show_points(numbers: Mapping[str, Any] | None, source: str) -> str:
+    """A difference of Pass@1 with its interval, in points, for a table."""
+    return "" if numbers is None else show_delta(in_points("delta", numbers, source), "delta")
+
+
+def draw_overview(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Points of Pass@1 above GRPO at equal sampled tokens and at equal time, a bar a method, tasks side by side."""
+    shown = ("paper", "flat", "tree", "forks")
+    figure, axes = plt.subplots(2, 1, figsize=(9, 6), layout="constrained", sharex=True)
+    sources = (("delta_pass_at_1", "equal sampled tokens"), ("delta_at_equal_cpu_seconds", "equal CPU time"))
+    for axis, (source, title) in zip(axes, sources, strict=True):
+        for index, family in enumerate(shown):
+            for place, report in enumerate(reports.values()):
+                if family not in report["families"]:
+                    continue
+                delta, low, high = in_points("", report["families"][family]["against_grpo"], source).values()
+                label = LABELS[family] if place == 0 else None
+                x = place + 0.2 * (index - 1.5)
+                axis.bar(x, delta, 0.18, color=f"C{index}", label=label)
+                axis.plot([x, x], [low, high], color="black", linewidth=1)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(f"Pass@1 above GRPO at {title}, points", loc="left", fontsize="medium")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend(fontsize="small", ncols=2)
+    axes[1].set_xticks(range(len(reports)), [name.replace("_", " ") for name in reports])
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import chain_arithmetic
 import countdown
+import sums
 from datasets import Dataset
 
 
@@ -21,6 +22,7 @@ class BaseModel:
         make_demonstrations: (error rates, seed) -> one solution an error rate.
         clean_steps, noisy_steps: Training steps of either kind.
         error_rate: Share of the lines with a slip in the second.
+        context_length: Most tokens of prompt and solution.
         shipped: The folder it is in, if it comes with the examples.
     """
 
@@ -29,6 +31,7 @@ class BaseModel:
     clean_steps: int
     noisy_steps: int
     error_rate: float
+    context_length: int = 128
     shipped: Path | None = None
 
 
@@ -37,7 +40,7 @@ class Task:
     """Problems with a verifier.
 
     Args:
-        base: Name of its base model in `BASE_MODELS`.
+        base: Name of its base model, in `BASE_MODELS`, or a pretrained one of `compare_workload`.
         make_dataset: (number of problems, seed, whether from the held-out split) -> problems.
         reward_func: TRL reward function, 1.0 or 0.0; of graded tasks anything between.
         max_solution_tokens: Tokens of the longest solution, EOS included.
@@ -53,14 +56,17 @@ def _chains(
     min_operations: int,
     max_operations: int,
     reward_func: Callable[..., list[float]] = chain_arithmetic.correctness_reward,
+    base: str = "long_chains",
 ) -> Task:
     return Task(
-        base="long_chains",
+        base=base,
         make_dataset=partial(chain_arithmetic.make_dataset, num_operations=(min_operations, max_operations)),
         reward_func=reward_func,
         max_solution_tokens=chain_arithmetic.max_solution_tokens(max_operations),
     )
 
+
+NUM_EXAMPLES = 4  # of the prompts of `few_shot_chains`, which are 3 to 6 times as long as a solution
 
 BASE_MODELS = {
     "chain_arithmetic": BaseModel(
@@ -85,6 +91,21 @@ BASE_MODELS = {
         noisy_steps=500,
         error_rate=0.18,
     ),
+    "noisy_chains": BaseModel(
+        characters=chain_arithmetic.CHARACTERS,
+        make_demonstrations=partial(chain_arithmetic.make_demonstrations, num_operations=(2, 8)),
+        clean_steps=1500,
+        noisy_steps=500,
+        error_rate=0.5,
+    ),
+    "few_shot_chains": BaseModel(
+        characters=chain_arithmetic.CHARACTERS,
+        make_demonstrations=partial(chain_arithmetic.make_demonstrations, num_examples=NUM_EXAMPLES),
+        clean_steps=1000,
+        noisy_steps=600,
+        error_rate=0.18,
+        context_length=256,
+    ),
 }
 
 TASKS = {
@@ -104,4 +125,17 @@ TASKS = {
     "chains_of_4": _chains(4, 4),
     "chains_of_8": _chains(8, 8),
     "graded_chains_of_8": _chains(8, 8, chain_arithmetic.right_lines_reward),
+    "noisy_graded_chains": _chains(8, 8, chain_arithmetic.right_lines_reward, base="noisy_chains"),
+    "sums": Task(
+        base="smollm2_sums",
+        make_dataset=sums.make_dataset,
+        reward_func=sums.correctness_reward,
+        max_solution_tokens=sums.MAX_SOLUTION_TOKENS,
+    ),
+    "few_shot_chains": Task(
+        base="few_shot_chains",
+        make_dataset=partial(chain_arithmetic.make_dataset, num_examples=NUM_EXAMPLES),
+        reward_func=chain_arithmetic.correctness_reward,
+        max_solution_tokens=chain_arithmetic.MAX_SOLUTION_TOKENS,
+    ),
 }

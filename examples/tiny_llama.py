@@ -23,7 +23,7 @@ def make_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, context_length: int = 128) -> LlamaForCausalLM:
     """A fresh Llama of about a third of a million parameters.
 
     Llama, because its config does not name a tokenizer class: `AutoTokenizer` on a folder that says `qwen2` would load
@@ -36,7 +36,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=context_length,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

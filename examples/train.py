@@ -5,14 +5,14 @@
 # ///
 r"""Train a causal language model with TreeRPO: any model, any dataset, any reward functions.
 
-Full fine-tuning on a GPU, each step on 8 prompts with trees of 4 x 4 leaves:
+Full fine-tuning on a GPU, each step on 16 prompts with trees of 2 x 2 leaves:
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml examples/train.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name trl-lib/DeepMath-103K \
         --reward_funcs accuracy_reward \
-        --branching_factor 4 --max_depth 2 --segment_length 256 \
-        --per_device_train_batch_size 16 --gradient_accumulation_steps 8 \
+        --max_completion_length 512 \
+        --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \
         --output_dir Qwen2.5-0.5B-TreeRPO
 
 LoRA:
@@ -21,8 +21,8 @@ LoRA:
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name trl-lib/DeepMath-103K \
         --reward_funcs accuracy_reward \
-        --branching_factor 4 --max_depth 2 --segment_length 256 \
-        --per_device_train_batch_size 16 --gradient_accumulation_steps 8 \
+        --max_completion_length 512 \
+        --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \
         --learning_rate 1e-5 \
         --use_peft --lora_r 16 --lora_alpha 32 --lora_dropout 0 --lora_target_modules all-linear \
         --output_dir Qwen2.5-0.5B-TreeRPO-LoRA

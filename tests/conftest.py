@@ -130,6 +130,7 @@ def make_args(tmp_path):
             "branching_factor": 2,
             "max_depth": 3,
             "segment_length": 4,
+            "advantage_estimator": "treerpo",
             "per_device_train_batch_size": 16,
             "max_steps": 2,
             "learning_rate": 1e-2,

@@ -48,7 +48,8 @@ def make_dataset() -> Dataset:
 def make_args(output_dir: str, **overrides: Any) -> TreeRPOConfig:
     """8 leaves a tree; a tree a micro-batch, two of them a step."""
     defaults = {
-        "branching_factor": 2, "max_depth": 3, "segment_length": 4, "per_device_train_batch_size": 8,
+        "branching_factor": 2, "max_depth": 3, "segment_length": 4, "advantage_estimator": "treerpo",
+        "per_device_train_batch_size": 8,
         "steps_per_generation": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS, "learning_rate": 0.1,
         "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0, "beta": 0.1, "entropy_coef": 0.01,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "bf16": False,

@@ -55,6 +55,18 @@ def test_splits_are_disjoint_whatever_the_seed():
     assert not train & held_out
 
 
+def test_worked_examples_make_the_prompt_long_and_are_right():
+    for row in task.make_dataset(50, seed=0, held_out=True, num_examples=4):
+        *examples, problem = [part + "?\n" for part in row["prompt"].removesuffix("?\n").split("?\n")]
+        assert len(row["prompt"]) > 2 * task.MAX_SOLUTION_TOKENS
+        answers = [int(text.split("\n#")[1].split("\n")[0]) for text in [*examples[1:], problem]]
+        problems = [examples[0], *(text.split("\n", maxsplit=text.count("\n") - 1)[-1] for text in examples[1:])]
+        assert answers == [answer_by_plain_python(text) for text in problems]
+        own = problem.split("\n", maxsplit=problem.count("\n") - 1)[-1]
+        assert int(row["answer"]) == answer_by_plain_python(own)
+        assert task.is_held_out(own) and not any(map(task.is_held_out, problems))
+
+
 def test_same_seed_same_problems():
     assert task.make_dataset(20, seed=5)[:] == task.make_dataset(20, seed=5)[:]
     assert task.make_dataset(20, seed=5)[:] != task.make_dataset(20, seed=6)[:]

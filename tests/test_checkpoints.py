@@ -285,7 +285,7 @@ def test_one_job_script_can_be_submitted_again(tmp_path, dataset, capsys, monkey
     )
     command = shlex.split("""
         --model_name_or_path model --dataset_name data.jsonl --reward_funcs my_lengths.length --output_dir out
-        --branching_factor 2 2 --segment_length 4 --per_device_train_batch_size 4 --save_steps 1 --logging_steps 1
+        --branching_factor 2 2 --segment_length 4 --per_device_train_batch_size 8 --save_steps 1 --logging_steps 1
         --report_to none --use_cpu --bf16 false --disable_tqdm true --resume_from_checkpoint true --max_steps
     """)
     for steps, said in [("2", "Starting from the beginning"), ("3", "Going on from out/checkpoint-2.")]:

@@ -67,7 +67,7 @@ def test_a_number_that_has_to_be_set_is_not_none(name):
 @pytest.mark.parametrize("branching", [np.int64(4), [np.int64(2), 4], np.array([2, 4]), (2, np.int32(4))])
 def test_branching_factors_of_numpy_are_taken(branching):
     config = make(branching_factor=branching, per_device_train_batch_size=64)
-    assert config.branching_factor in ([4, 4, 4], [2, 4]) and all(type(n) is int for n in config.branching_factor)
+    assert config.branching_factor in ([4, 4], [2, 4]) and all(type(n) is int for n in config.branching_factor)
 
 
 @pytest.mark.parametrize("value", [0, 0.5, np.float32(0.5), -1, -math.inf, None])
@@ -162,7 +162,7 @@ def test_another_number_of_leaves_is_told_with_trees_that_have_it(leaves, shapes
         assert make(branching_factor=[int(n) for n in shape.strip("[]").split(", ")], **options)
     with pytest.raises(ValueError, match=r"For 7 leaves set branching_factor=7, max_depth=1$"):
         make(num_generations=7)
-    with pytest.raises(ValueError, match=r"num_generations is 1; leave num_generations unset or set it to 8$"):
+    with pytest.raises(ValueError, match=r"num_generations is 1; leave num_generations unset or set it to 4$"):
         make(num_generations=1)
 
 

@@ -67,10 +67,11 @@ def test_a_flat_tree_costs_its_leaves():
 
 def test_prompts_a_step_by_budget():
     tree, flat = Method("t", (2, 2)).shape(20), Method("g", (), 8).shape(20)
-    tokens, leaves = Budget("tokens", 1e5, 2400), Budget("leaves", 1e5, 64)
+    tokens, leaves, prompts = Budget("tokens", 1e5, 2400), Budget("leaves", 1e5, 64), Budget("prompts", 1e3, 9)
     assert tokens.prompts_per_step(tree, expected_tokens(tree, [20] * 4)) == 2400 // (2 * 10 + 4 * 10)
     assert tokens.prompts_per_step(flat, expected_tokens(flat, [20] * 4)) == 2400 // 160
     assert (leaves.prompts_per_step(tree, 60), leaves.prompts_per_step(flat, 160)) == (16, 8)
+    assert (prompts.prompts_per_step(tree, 60), prompts.prompts_per_step(flat, 160)) == (9, 9)
 
 
 def make_run(**changes):
@@ -125,7 +126,8 @@ def test_summary_of_two_methods():
     flat = [make_curve([0.2, 0.4, 0.5 + noise], length=10.0, tokens=(0, 100, 202)) for noise in (0, 0.02)]
     summary = report.compare(tree, flat)
     assert summary["delta_pass_at_1"] == pytest.approx(0.1)
-    assert summary["ci_low"] < 0.1 < summary["ci_high"]
+    low, high = summary["delta_pass_at_1_ci"]
+    assert low < 0.1 < high
     assert summary["length_ratio"] == pytest.approx(0.8)
     assert summary["token_mismatch"] == pytest.approx(2 / 202)
     assert summary["seeds"] == 2
@@ -208,7 +210,8 @@ def test_the_script_compares_and_resumes_after_a_kill(tmp_path):
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["seeds"] == 2
     assert summary["token_mismatch"] < 0.2  # a step is a sixth of this budget
-    assert -1 <= summary["ci_low"] <= summary["delta_pass_at_1"] <= summary["ci_high"] <= 1
+    low, high = summary["delta_pass_at_1_ci"]
+    assert -1 <= low <= summary["delta_pass_at_1"] <= high <= 1
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert "| TreeRPO | 2 |" in (tmp_path / "table.md").read_text()
     for path in tmp_path.glob("*.jsonl"):
@@ -220,7 +223,7 @@ def test_the_script_compares_and_resumes_after_a_kill(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [Budget("leaves", 256, 64), Budget("seconds", 2, 600)])
+@pytest.mark.parametrize("budget", [Budget("leaves", 256, 64), Budget("prompts", 40, 10), Budget("seconds", 2, 600)])
 @pytest.mark.parametrize("method", [Method("tree", (2, 2)), Method("wide", (4,)), Method("flat", (), 4)])
 def test_the_other_budgets(tmp_path, budget, method):
     workload = built_in("chain_arithmetic", tmp_path, num_validation=16, num_test=16)
@@ -228,6 +231,8 @@ def test_the_other_budgets(tmp_path, budget, method):
     final = read_records(compare_run.execute(run, tmp_path))[-1]
     if budget.kind == "leaves":
         assert final["leaves"] == 256
+    elif budget.kind == "prompts":
+        assert (final["prompts"], final["step"]) == (40, 4)
     else:
         assert 1 <= final["seconds"] <= 60  # a step on a busy machine may go far beyond its two seconds
 
@@ -246,7 +251,7 @@ def test_a_budget_that_is_not_spent_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_run, "MOST_STEPS", 1)
     workload = built_in("chain_arithmetic", tmp_path, num_validation=4, num_test=4)
     run = Run(workload, Method("flat", (), 4), Budget("seconds", 1000, 200), 2e-4, 0, "test")
-    with pytest.raises(RuntimeError, match=r"only 0% of its budget of 1000 seconds in 1 steps"):
+    with pytest.raises(RuntimeError, match=r"only \d% of its budget of 1000 seconds in 1 steps"):
         compare_run.execute(run, tmp_path)
 
 

@@ -10,14 +10,17 @@ from treerpo_trl.credit import ESTIMATORS
 
 
 def make(**options) -> TreeRPOConfig:
-    return TreeRPOConfig(**{"output_dir": "out", "bf16": False, "report_to": "none", **options})
+    """The paper's credit, if no other is named, so that a batch may hold a single tree."""
+    defaults = {"output_dir": "out", "bf16": False, "report_to": "none", "advantage_estimator": "treerpo"}
+    return TreeRPOConfig(**{**defaults, **options})
 
 
 def test_defaults_fit_trls_default_batch():
-    config = make()
-    assert (config.branching_factor, config.max_depth, config.segment_length) == ([2, 2, 2], 3, 128)
-    assert (config.num_generations, config.max_completion_length) == (8, 384)
-    assert (config.advantage_estimator, config.prune_threshold, config.loss_weighting) == ("treerpo", 0.1, "token")
+    config = TreeRPOConfig("out", bf16=False, report_to="none")
+    assert (config.branching_factor, config.max_depth, config.segment_length) == ([2, 2], 2, 128)
+    assert (config.num_generations, config.max_completion_length) == (4, 256)
+    assert (config.advantage_estimator, config.prune_threshold) == ("optimal_baseline", 0.1)
+    assert (config.loss_weighting, config.min_advantage, config.split_rule) == ("token", 0.0, "length")
     assert (config.loss_type, config.epsilon) == ("dapo", 0.2)
 
 
@@ -27,9 +30,9 @@ def test_defaults_fit_trls_default_batch():
         ({"branching_factor": 4, "max_depth": 1}, ([4], 1, 128, 4, 128)),
         ({"branching_factor": [4, 2]}, ([4, 2], 2, 128, 8, 256)),
         ({"branching_factor": (2, 4), "segment_length": 10}, ([2, 4], 2, 10, 8, 20)),
-        ({"max_completion_length": 512}, ([2, 2, 2], 3, 171, 8, 512)),
-        ({"max_completion_length": 25, "segment_length": 10}, ([2, 2, 2], 3, 10, 8, 25)),
-        ({"num_generations": 8}, ([2, 2, 2], 3, 128, 8, 384)),
+        ({"max_completion_length": 511}, ([2, 2], 2, 256, 4, 511)),
+        ({"max_completion_length": 15, "segment_length": 10}, ([2, 2], 2, 10, 4, 15)),
+        ({"num_generations": 4}, ([2, 2], 2, 128, 4, 256)),
     ],
 )
 def test_the_tree_is_derived(options, expected):
@@ -39,6 +42,26 @@ def test_the_tree_is_derived(options, expected):
         config.max_completion_length,
     )  # fmt: skip
     assert derived == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"branching_factor": [4, 4], "per_device_train_batch_size": 16},
+        {"branching_factor": 8, "max_depth": 1},
+        {"branching_factor": 8, "max_depth": 1, "per_device_train_batch_size": 2, "steps_per_generation": 4},
+        {"split_rule": "uncertainty", "num_trunks": 4},
+    ],
+)
+def test_a_single_tree_a_batch_is_refused_where_trees_are_compared(options, monkeypatch):
+    with pytest.raises(ValueError, match=r"rows holds a single tree .*'optimal_baseline' .*Use a smaller tree, or"):
+        make(**options, advantage_estimator="optimal_baseline")
+    make(**options)
+    larger = {"steps_per_generation": 8, "gradient_accumulation_steps": 8}
+    make(**{**options, **larger}, advantage_estimator="optimal_baseline")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # the other tree may be another process's
+    monkeypatch.setattr(TreeRPOConfig, "world_size", 2)
+    make(**options, advantage_estimator="optimal_baseline")
 
 
 def test_a_resolved_configuration_resolves_to_itself():
@@ -52,17 +75,17 @@ def test_a_resolved_configuration_resolves_to_itself():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_generations": 9}, r"makes 8 leaves, but num_generations is 9; leave .* or set it to 8"),
+        ({"num_generations": 9}, r"makes 4 leaves, but num_generations is 9; leave .* or set it to 4"),
         ({"branching_factor": [2, 2], "max_depth": 3}, r"\[2, 2\] has 2 numbers, but max_depth is 3"),
         ({"branching_factor": [2, 1]}, r"\[2, 1\] has a number below 2"),
-        ({"branching_factor": 1}, r"\[1, 1, 1\] has a number below 2"),
+        ({"branching_factor": 1}, r"\[1, 1\] has a number below 2"),
         ({"max_depth": 0}, "max_depth is 0; a tree is at least 1 deep"),
         ({"segment_length": 0}, "segment_length is 0"),
         ({"max_frontier_rows": 0}, "max_frontier_rows is 0"),
-        ({"segment_length": 10, "max_completion_length": 31}, "is 31, but 3 segments of 10 tokens .* 21 to 30"),
-        ({"segment_length": 10, "max_completion_length": 20}, "is 20, but 3 segments of 10 tokens .* 21 to 30"),
-        ({"per_device_train_batch_size": 12}, r"\(12\) x steps_per_generation \(1\) = 12 .*num_generations \(8.*=2"),
-        ({"generation_batch_size": 24, "per_device_train_batch_size": 2, "branching_factor": 3}, r"\(27\)"),
+        ({"segment_length": 10, "max_completion_length": 21}, "is 21, but 2 segments of 10 tokens .* 11 to 20"),
+        ({"segment_length": 10, "max_completion_length": 10}, "is 10, but 2 segments of 10 tokens .* 11 to 20"),
+        ({"per_device_train_batch_size": 6}, r"\(6\) x steps_per_generation \(1\) = 6 .*num_generations \(4.*=2"),
+        ({"generation_batch_size": 24, "per_device_train_batch_size": 2, "branching_factor": 3}, r"\(9\)"),
         ({"advantage_estimator": "gae"}, "advantage_estimator='gae' .*='treerpo' or 'bernoulli_std'"),
         ({"prefix_sharing": "always"}, "prefix_sharing='always' .*='auto' or True or False"),
         ({"loss_weighting": "row"}, "loss_weighting='row' .*='token' or 'node'"),
@@ -96,8 +119,8 @@ def test_bnpo_takes_whole_trees_only():
     """A micro-batch is what it normalizes by, and of a tree the first one owns nearly all tokens."""
     make(loss_type="bnpo", per_device_train_batch_size=16)
     options = {"steps_per_generation": 8, "loss_type": "bnpo"}
-    for size in (4, 12):
-        message = rf"'bnpo' .*per_device_train_batch_size={size}, .* trees of 8 leaves.*='dapo'.*multiple of 8"
+    for size in (2, 6):
+        message = rf"'bnpo' .*per_device_train_batch_size={size}, .* trees of 4 leaves.*='dapo'.*multiple of 4"
         with pytest.raises(ValueError, match=message):
             make(**options, per_device_train_batch_size=size)
 
@@ -169,11 +192,11 @@ def test_the_fix_of_a_batch_that_does_not_fit_works():
 
 def test_the_command_line(tmp_path):
     parser = TrlParser((TreeRPOConfig,))
-    flags = ["--output_dir", "out", "--bf16", "false"]
+    flags = ["--output_dir", "out", "--bf16", "false", "--per_device_train_batch_size", "16"]
     (config,) = parser.parse_args_and_config([*flags, "--branching_factor", "4", "2", "--segment_length", "16"])
     assert (config.branching_factor, config.max_completion_length) == ([4, 2], 32)
     (config,) = parser.parse_args_and_config([*flags, "--branching_factor", "2", "--prune_threshold", "0.2"])
-    assert (config.branching_factor, config.prune_threshold) == ([2, 2, 2], 0.2)
+    assert (config.branching_factor, config.prune_threshold) == ([2, 2], 0.2)
     (config,) = parser.parse_args_and_config([*flags, "--prune_threshold", "-1"])  # it has no word for None
     assert config.prune_threshold == -1
 
@@ -182,7 +205,7 @@ def test_the_command_line(tmp_path):
 def test_yaml(tmp_path, yaml, expected):
     path = tmp_path / "config.yaml"
     path.write_text(
-        f"branching_factor: {yaml}\nmax_depth: 2\nprune_threshold: null\nper_device_train_batch_size: 64\n"
+        f"branching_factor: {yaml}\nmax_depth: 2\nprune_threshold: null\nper_device_train_batch_size: 128\n"
         "output_dir: out\nbf16: false\n"
     )
     (config,) = TrlParser((TreeRPOConfig,)).parse_args_and_config(["--config", str(path)])

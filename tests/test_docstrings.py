@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +52,40 @@ def test_every_option_is_described_where_trl_users_look():
         assert f"\n        {field.name} (" in docstring, f"{field.name} is not in TreeRPOConfig's docstring"
         assert field.metadata.get("help"), f"{field.name} has no help"
         assert f"`{field.name}`" in readme, f"{field.name} is not in the README"
+
+
+def as_value(text):
+    """What a default's text says, in Python or as a bare word."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def test_the_docstring_names_the_defaults():
+    """Those that are derived from others are in the table of the README."""
+    described = re.findall(r"\n        (\w+) \(.*, defaults to [^`]*`(.+?)`\):", TreeRPOConfig.__doc__)
+    assert {"split_rule", "advantage_estimator", "prune_threshold", "log_trees"} <= {name for name, _ in described}
+    fields = {field.name: field for field in dataclasses.fields(TreeRPOConfig)}
+    for name, text in described:
+        field = fields[name]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        expected = [as_value(text)] if name == "branching_factor" else as_value(text)
+        assert default == expected, f"{name}: {default!r}, and the docstring says {text}"
+
+
+def test_the_readme_names_the_defaults():
+    """Every row of the table of parameters against a configuration that was given nothing."""
+    readme = (ROOT / "README.md").read_text()
+    table = readme.split("| Parameter | Default | Meaning |\n")[1].split("\n\n")[0].splitlines()[1:]
+    config = TreeRPOConfig("out", bf16=False, report_to="none")
+    compared = []
+    for row in table:
+        names, defaults = (re.findall(r"`([^`]+)`", cell) for cell in row.split(" | ")[:2])
+        for name, text in zip(names, defaults, strict=False):  # behind the value stands what it is derived from
+            if text not in vars(config):
+                default = getattr(config, name)
+                expected = [as_value(text)] * config.max_depth if name == "branching_factor" else as_value(text)
+                assert default == expected, f"{name}: {default!r}, and the README says {text}"
+                compared.append(name)
+    assert len(compared) >= 15

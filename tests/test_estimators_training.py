@@ -132,7 +132,7 @@ def test_the_command_line_takes_them(branching):
     flags = ["--output_dir", "out", "--bf16", "false", "--advantage_estimator", "optimal_baseline"]
     (config,) = TrlParser((TreeRPOConfig,)).parse_args_and_config([*flags, "--branching_factor", *branching])
     assert config.num_generations == math.prod(map(int, branching))
-    assert config.branching_factor == (list(map(int, branching)) if len(branching) > 1 else [1, 1, 1])
+    assert config.branching_factor == (list(map(int, branching)) if len(branching) > 1 else [1, 1])
 
 
 @pytest.mark.parametrize(("yaml", "expected"), [("1", [1, 1]), ("[1, 2]", [1, 2])])

@@ -211,6 +211,7 @@ def test_summary_of_known_responses():
     result = summarize(responses, 4, 2)
     assert result.problem_scores == (0.5, None, 1.0, 1.25)
     assert result.pass_at_1 == pytest.approx(2.75 / 3)
+    assert result.pass_at_k == 1.0 and summarize(responses[1:], 4, 2).pass_at_k == pytest.approx(2 / 3)
     assert result.mean_length == 15.5
     assert result.mean_length_correct == pytest.approx((0 + 20 + 30) / 3)
     assert result.truncated == 0.5

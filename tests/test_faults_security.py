@@ -164,7 +164,7 @@ class Payload:
 
 def make_trainer(model_path: str, output_dir: Path, lora: bool = False, **options) -> TreeRPOTrainer:
     defaults = {
-        "branching_factor": [2, 2], "segment_length": 4, "per_device_train_batch_size": 4, "max_steps": 2,
+        "branching_factor": [2, 2], "segment_length": 4, "per_device_train_batch_size": 8, "max_steps": 2,
         "save_steps": 1, "report_to": "none", "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
         "use_cpu": True,
     }  # fmt: skip

@@ -57,8 +57,8 @@ EPOCHS = {
 }  # fmt: skip
 ONE_PASS = {
     "options": {
-        "steps_per_generation": 2, "num_iterations": 1, "beta": 0.0, "use_adaptive_entropy": False, "save_steps": 1,
-        "eval_strategy": "no", "log_completions": False,
+        "per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 1, "beta": 0.0,
+        "use_adaptive_entropy": False, "save_steps": 1, "eval_strategy": "no", "log_completions": False,
     }
 }  # fmt: skip
 DDP = {"processes": 2, "options": {"steps_per_generation": 2}}

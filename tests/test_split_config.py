@@ -19,7 +19,7 @@ from treerpo_trl.growth.from_config import shape_of, statistics_of
 
 
 FORKS = {"split_rule": "uncertainty", "num_trunks": 2, "forks_per_trunk": 2, "per_device_train_batch_size": 6}
-LONE = {"split_rule": "uncertainty", "advantage_estimator": "optimal_baseline", "per_device_train_batch_size": 2}
+LONE = {"split_rule": "uncertainty", "advantage_estimator": "optimal_baseline", "per_device_train_batch_size": 4}
 DELIMITED = {"split_rule": "delimiter"}
 
 REFUSED = [
@@ -99,15 +99,15 @@ def test_yaml_and_the_command_line_refuse_it_as_well(options, message, tmp_path)
 @pytest.mark.parametrize(
     ("options", "leaves", "longest", "shape"),
     [
-        (DELIMITED, 8, 384, TreeShape((2, 2, 2), 128, 384, Delimiters(("\n\n",), 1))),
+        (DELIMITED, 4, 256, TreeShape((2, 2), 128, 256, Delimiters(("\n\n",), 1))),
         (
             {**DELIMITED, "branching_factor": [4, 2], "segment_length": 100, "max_completion_length": 1000,
              "step_delimiters": ["\n", ". "], "min_segment_length": 9},
             8, 1000, TreeShape((4, 2), 100, 1000, Delimiters(("\n", ". "), 9)),
         ),
-        ({**DELIMITED, "step_delimiters": "\n"}, 8, 384, TreeShape((2, 2, 2), 128, 384, Delimiters(("\n",), 1))),
-        ({**DELIMITED, "step_delimiters": ("\\nabla",)}, 8, 384,
-         TreeShape((2, 2, 2), 128, 384, Delimiters(("\\nabla",), 1))),
+        ({**DELIMITED, "step_delimiters": "\n"}, 4, 256, TreeShape((2, 2), 128, 256, Delimiters(("\n",), 1))),
+        ({**DELIMITED, "step_delimiters": ("\\nabla",)}, 4, 256,
+         TreeShape((2, 2), 128, 256, Delimiters(("\\nabla",), 1))),
         (FORKS, 6, 384, ForkShape(2, 2, 1, 1, 1, 384)),
         (LONE, 2, 384, ForkShape(1, 1, 1, 1, 1, 384)),
         (

@@ -26,7 +26,8 @@ CLOSE = {"tree/kept_groups": 0.0, "tree/value_range_max": 0.04, "tree/reward": 0
 
 
 def make_watch(is_main_process: bool = True, **options) -> StarvationWatch:
-    return StarvationWatch(TreeRPOConfig("out", bf16=False, report_to="none", **options), is_main_process)
+    options = {"advantage_estimator": "treerpo", "bf16": False, "report_to": "none", **options}
+    return StarvationWatch(TreeRPOConfig("out", **options), is_main_process)
 
 
 def watch_batches(caplog, batches, watch=None, weight=1.0) -> list[str]:

@@ -16,39 +16,33 @@ import study_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "examples" / "results"
-ASKED = ("delta_pass_at_1", "ci_low", "ci_high", "length_ratio", "tokens_to_parity", "snr_ratio", "seeds",
-         "token_mismatch")  # fmt: skip
+BUDGETS = ("delta_tokens", "delta_time", "delta_prompts")
 
 
-def write_run(path, final_score):
+def write_run(run, path, final_score):
     """A complete run, as `compare_run` writes it."""
     metrics = {"entropy": 0.1, "frac_reward_zero_std": 0.4, "grad_norm": 1.0}
-    if "treerpo" in path.name:
+    if run.method.grows_trees:
         metrics |= {"tree/kept_groups/depth_1": 0.5, "tree/advantage_abs/depth_1": 1.2}
+    seconds = 60 if run.method.name.startswith("forks") else 45
     lines = [{"run": {}}]
     for share in (0, 0.5, 1):
         num_right = round(100 * (0.2 + share * (final_score - 0.2)))
         scores = [1.0] * num_right + [0.0] * (100 - num_right)
-        line = {"step": int(share * 80), "tokens": share * 320_000, "seconds": share * 50, "cpu_seconds": share * 45}
-        line |= {"pass_at_1": num_right / 100, "mean_length": 20.0, "mean_length_correct": 19.0, "truncated": 0.0}
-        lines.append(line | {"metrics": metrics if share else {}})
-    lines[-1] |= {"final": True, "problem_scores": scores}
+        line = {"step": int(share * 80), "tokens": share * 160_000, "seconds": share * 50, "prompts": share * 720}
+        line |= {"cpu_seconds": share * seconds, "pass_at_1": num_right / 100, "mean_length": 20.0}
+        line |= {"mean_length_correct": 19.0, "truncated": 0.0, "metrics": metrics if share else {}}
+        lines.append(line)
+    lines[-1] |= {"final": True, "problem_scores": scores, "pass_at_k": 0.9}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_the_summary_holds_the_diagnostics_that_were_asked_for():
-    names = ["tree/kept_groups/depth_2", "tree/advantage_abs/depth_1", "tree/trained_tokens", "tree/token_sharing",
-             "entropy", "frac_reward_zero_std", "grad_norm"]  # fmt: skip
-    assert all(map(study_report.is_diagnostic, names))
-    assert not any(map(study_report.is_diagnostic, ["loss", "tree/nodes", "tree/token_sharing_training"]))
-
-
-def write_snr(path, trees, pass_at_1):
-    """What `gradient_snr` found."""
-    numbers = {"snr_ratio": 1.1, "snr_ratio_ci": [1.0, 1.2], "pass_at_1": pass_at_1}
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps([{"treerpo": tree.name, "grpo": "grpo-8", **numbers} for tree in trees]))
+def score(run):
+    """GRPO 0.6, flat samples 0.7, trees 0.8, forks 0.85; more at the higher rate, and with 8 completions."""
+    kinds = {"grpo-4": 0.58, "grpo-8": 0.6, "flat": 0.7, "tree": 0.8, "forks": 0.85, "paper": 0.6}
+    kind = next(value for name, value in kinds.items() if run.method.name.startswith(name))
+    return kind + 0.05 * (run.learning_rate == 4e-4) + 0.01 * (run.seed % 2)
 
 
 @pytest.fixture
@@ -58,18 +52,14 @@ def finished(tmp_path, monkeypatch):
     finished = study.Study(tmp_path, num_workers=1)
 
     def execute(runs):
-        for task, run in runs:
-            is_better = run.learning_rate == 2e-4 and run.method in (study_plan.SMALL, study.GRPO[0])
-            score = 0.6 + 0.1 * bool(run.method.branching) + 0.1 * is_better + 0.01 * (run.seed % 2)
-            write_run(tmp_path / task / f"{run.name}.jsonl", score)
+        for name, run in runs:
+            write_run(run, tmp_path / name / f"{run.name}.jsonl", score(run))
 
     monkeypatch.setattr(finished, "execute", execute)
-    for stage in ("headline", "ablations", "lengths"):
+    for stage in ("credit", "prompts", "lengths"):
         study.STAGES[stage](finished)
-    for name in study.COMPARISONS:
-        write_snr(tmp_path / name / "snr.json", [study.TREERPO], 0.2)
-    for temperature, pass_at_1 in ((1.0, 0.2), (1.4, 0.02)):
-        write_snr(tmp_path / "sparse" / f"snr-{temperature}.json", study.SPARSE_TREES, pass_at_1)
+    snr = [{"treerpo": name, "snr_ratio": 1.5, "snr_ratio_ci": [1.4, 1.6]} for name in ("forks-1x1", "flat-2")]
+    (tmp_path / "countdown" / "snr.json").write_text(json.dumps(snr))
     return finished
 
 
@@ -77,56 +67,85 @@ def test_report_of_a_finished_study(finished, tmp_path):
     results = tmp_path / "results"
     study.write_report(finished, results)
     summary = json.loads((results / "summary.json").read_text())
-    assert list(summary) == list(study.COMPARISONS)
-    for name, numbers in summary.items():
-        comparison = study.COMPARISONS[name]
-        assert set(ASKED) <= set(numbers)
-        assert numbers["chosen"]["TreeRPO"]["method"] == comparison.families["TreeRPO"][-1].name
-        assert numbers["chosen"]["GRPO"] == {"method": study.GRPO[0].name, "learning_rate": 2e-4}
-        assert numbers["seeds"] == len(comparison.seeds)
+    assert list(summary) == list(study_plan.CREDIT)
+    numbers = summary["countdown"]
+    assert (numbers["method"], numbers["baseline"]) == ("forks-1x1", "grpo-8")
+    assert (numbers["method_prompts"], numbers["flat_method_prompts"]) == ("forks-8x1", "flat-16")
+    assert numbers["seeds"] == numbers["flat_seeds"] == 5
+    assert (numbers["snr_ratio"], numbers["flat_snr_ratio"]) == (1.5, 1.5)
+    assert numbers["delta_tokens"] == pytest.approx(25)
+    assert numbers["flat_delta_tokens"] == pytest.approx(10)
+    assert numbers["delta_prompts"] == pytest.approx(25, abs=0.5)
+    for budget in BUDGETS:
+        for prefix in ("", "flat_"):
+            low, high = (numbers[f"{prefix}{budget}_{end}"] for end in ("low", "high"))
+            assert low < numbers[prefix + budget] < high
+    # Forks take 60 seconds where the others take 45: at GRPO's time they have three quarters of their steps.
+    assert numbers["delta_time"] < numbers["delta_tokens"] - 5
+    assert numbers["flat_delta_time"] == pytest.approx(numbers["flat_delta_tokens"])
+    assert "delta_prompts" not in summary["few_shot_chains"]
+    for name in study_plan.COMPARISONS:
         assert (results / f"{name}.png").stat().st_size > 10_000
-        assert len(json.loads((results / f"{name}.json").read_text())["GRPO"]) == numbers["seeds"]
-    assert summary["countdown"]["delta_pass_at_1"] == pytest.approx(0.1)
-    assert (results / "headline.md").read_text().count("+10.0 (") >= 2
-    table = (results / "ablations.md").read_text()
-    for methods in study.ABLATIONS.values():
-        for method in methods:
-            assert table.count(f"| {method.name} | 3 |") >= 1
-    assert (results / "ablations.png").exists()
-    assert (results / "snr_by_success.png").exists()
+        runs = json.loads((results / f"{name}.json").read_text())
+        assert len(runs["GRPO"]) == len(study_plan.COMPARISONS[name].seeds)
+    assert (
+        "| countdown | 0.200 | 0.654 (grpo-8) | 0.904 (forks-1x1) | +25.0 (" in (results / "headline.md").read_text()
+    )
+    table = (results / "overview.md").read_text()
+    assert "| countdown | forks-1x1 | 5 | 0.904 | +25.0 (" in table
+    assert (results / "overview.png").stat().st_size > 10_000
 
 
-def test_report_leaves_out_what_is_not_finished(finished, tmp_path):
-    for path in (tmp_path / "countdown").glob("grpo-*-test-*"):
+def test_report_has_what_is_complete(finished, tmp_path):
+    for path in (tmp_path / "countdown").glob("forks-*-test-seed[0123]*"):
+        path.unlink()
+    for path in (tmp_path / "chains_of_8").glob("grpo-*-test-seed*"):
+        path.unlink()
+    for path in (tmp_path / "few_shot_chains").glob("*-test-seed2*"):
         path.unlink()
     study.write_report(finished, tmp_path / "results")
-    assert "countdown" not in json.loads((tmp_path / "results" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
+    reports = json.loads((tmp_path / "results" / "comparisons.json").read_text())
+    assert "chains_of_8" not in summary
+    assert list(reports["countdown"]["families"]) == ["GRPO", "tree", "flat", "paper"]
+    assert summary["countdown"]["method"] == "tree-2x2"
+    assert summary["few_shot_chains"]["seeds"] == 2
 
 
-def test_every_ablation_group_starts_with_the_reference():
-    for methods in study.ABLATIONS.values():
-        assert methods[0] == study.TREERPO
-        assert len({method.name for method in methods}) == len(methods)
+def test_report_before_anything_is_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "built_in", lambda name, models_dir, **options: name)
+    study.write_report(study.Study(tmp_path, num_workers=1), tmp_path / "results")
+    assert json.loads((tmp_path / "results" / "summary.json").read_text()) == {}
 
 
 def test_tuning_and_result_share_no_seed():
-    for comparison in study.HEADLINE.values():
+    for comparison in study_plan.COMPARISONS.values():
         assert not set(comparison.tuning_seeds) & set(comparison.seeds)
-        assert len(comparison.seeds) >= 5
-    assert len(study.ABLATION_SEEDS) >= 3
+        assert len(comparison.learning_rates) == 1 or comparison.tuning_seeds
+    for task in ("chain_arithmetic", "countdown", "chains_of_8", "noisy_graded_chains"):
+        assert len(study_plan.CREDIT[task].seeds) >= 5
+
+
+def test_names_of_methods_tell_them_apart():
+    for comparison in study_plan.COMPARISONS.values():
+        methods = [method for family in comparison.families.values() for method in family]
+        assert len({method.name for method in methods}) == len(methods)
+        assert all(method.shape(64).num_leaves >= 2 for method in methods)
+
+
+def test_the_committed_results_are_what_the_study_writes():
+    reports = json.loads((RESULTS / "comparisons.json").read_text())
+    summary = json.loads((RESULTS / "summary.json").read_text())
+    assert summary == {name: study_report.summarize(name, reports) for name in study_plan.CREDIT if name in reports}
+    table = (RESULTS / "overview.md").read_text()
+    assert table == study_report.overview_table(reports)
+    for name in reports:
+        assert (RESULTS / f"{name}.png").exists()
 
 
 def test_the_readme_states_the_committed_results():
     readme, summary = (ROOT / "README.md").read_text(), json.loads((RESULTS / "summary.json").read_text())
-    table = (RESULTS / "headline.md").read_text()
-    assert table == study.headline_table(summary)
-    assert table in readme
-    for name in study.HEADLINE:
-        assert summary[name]["seeds"] >= 5
-        assert summary[name]["token_mismatch"] < 0.02
-    assert set(study.COMPARISONS) == set(summary)
-    # Every ablation that the study names has its row.
-    rows = (RESULTS / "ablations.md").read_text()
-    for group, methods in study.ABLATIONS.items():
-        for method in methods:
-            assert f"| {group} | {method.name} | {len(study.ABLATION_SEEDS)} |" in rows
+    headline = (RESULTS / "headline.md").read_text()
+    assert headline == study_report.headline_table(summary)
+    assert headline in readme
+    assert (RESULTS / "paper_credit" / "headline.md").read_text() in readme

@@ -236,7 +236,7 @@ def test_a_model_by_name_and_a_default_configuration(model_path, dataset, tmp_pa
         model_path, coin_reward, TreeRPOConfig("out", bf16=False, report_to="none", segment_length=4),
         train_dataset=dataset, processing_class=make_tokenizer(),
     )  # fmt: skip
-    assert trainer.tree_shape.branching == (2, 2, 2)
+    assert trainer.tree_shape.branching == (2, 2)
 
 
 def test_saving_and_the_model_card(model, make_args, dataset):

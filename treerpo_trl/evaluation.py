@@ -51,6 +51,7 @@ class EvaluationResult:
     num_samples: int
     problem_scores: tuple[float | None, ...]  # [num_problems] mean reward over samples; None if nothing was scored
     mean_length_correct: float  # tokens a response whose reward is 1 or more; nan if there is none
+    pass_at_k: float  # share of the scored problems with a response whose reward is 1 or more, of all num_samples
 
 
 def evaluate(
@@ -160,6 +161,7 @@ def summarize(responses: Iterable[Response], num_problems: int, num_samples: int
         num_samples=num_samples,
         problem_scores=scores,
         mean_length_correct=mean(correct_lengths),
+        pass_at_k=mean([float(max(values) >= 1) for values in rewards if values]),
     )
 
 

@@ -40,7 +40,7 @@ class TreeRPOConfig(GRPOConfig):
             Number of children of each unfinished node: one number for every depth, or one per depth (N_1 .. N_D).
             `1` is taken with `advantage_estimator="optimal_baseline"` only: the others compare nodes of one tree.
         max_depth (`int`, *optional*):
-            Depth D of the tree. Defaults to the length of `branching_factor` if that has several numbers, else to `3`.
+            Depth D of the tree. Defaults to the length of `branching_factor` if that has several numbers, else to `2`.
         segment_length (`int`, *optional*):
             Most tokens of a segment, at which it branches (the paper's L_step). Defaults to `max_completion_length`
             divided by `max_depth`, rounded up, if that is given, else to `128`.
@@ -71,7 +71,7 @@ class TreeRPOConfig(GRPOConfig):
         uncertainty_measure (`str`, *optional*, defaults to `"surprisal"`):
             How uncertain the policy was of a token: `"surprisal"`, -log p of the token that was drawn; or `"entropy"`
             of the distribution, which vLLM does not report.
-        advantage_estimator (`str`, *optional*, defaults to `"treerpo"`):
+        advantage_estimator (`str`, *optional*, defaults to `"optimal_baseline"`):
             How the value V of a node becomes its advantage. Against its siblings, whose values have the mean mu:
 
             - `"treerpo"`: (V - mu) / (mu (1 - mu)), the paper's eq. 4. Needs rewards in [0, 1].
@@ -150,7 +150,7 @@ class TreeRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Depth of the tree. Defaults to the length of `branching_factor` if that has several numbers, "
-            "else to 3."
+            "else to 2."
         },
     )
     segment_length: int | None = field(
@@ -190,7 +190,7 @@ class TreeRPOConfig(GRPOConfig):
         },
     )
     advantage_estimator: str = field(
-        default="treerpo",
+        default="optimal_baseline",
         metadata={
             "help": "How values become advantages. Against siblings: 'treerpo' (the paper's eq. 4), 'bernoulli_std' "
             "(these need rewards in [0, 1]), 'group_std' (GRPO), 'centered' (Dr. GRPO) or 'leave_one_out' (RLOO). "

@@ -13,7 +13,7 @@ from .options import whole_number
 from .split_rule import check_completion_length, check_split_rule, derive_forks
 
 
-DEFAULT_MAX_DEPTH = 3
+DEFAULT_MAX_DEPTH = 2
 DEFAULT_SEGMENT_LENGTH = 128
 # Shapes are found by trying divisors, which for this many leaves takes about 10 ms.
 MOST_SUGGESTED = 4096
@@ -152,13 +152,22 @@ def _derive_lengths(config: Any, depth: int) -> None:
 
 
 def check_trees_fit(config: Any, steps_per_generation: int) -> None:
-    """A whole tree lives on one process, so a process must generate a whole number of trees.
+    """A whole tree lives on one process, so a process must generate a whole number of trees; and all processes
+    together more than one where trees are compared with others.
 
     Raises:
-        ValueError: It would not; the message has the three numbers and values that work.
+        ValueError: They would not; the message has the numbers and values that work.
     """
     batch, leaves = config.per_device_train_batch_size, config.num_generations or 1
     if batch * steps_per_generation % leaves == 0:
+        if config.generation_batch_size == leaves and ESTIMATORS[config.advantage_estimator].of_forest is not None:
+            raise ValueError(
+                f"a batch of {leaves} rows holds a single tree of num_generations={leaves} leaves, but "
+                f"advantage_estimator='{config.advantage_estimator}' compares a tree with the others of its batch, so "
+                "nothing would be trained. Use a smaller tree, or a larger per_device_train_batch_size or "
+                "gradient_accumulation_steps: ten prompts a batch or more are good. Or take 'group_std', which "
+                "compares siblings"
+            )
         return
     fitting = math.lcm(batch, leaves) // batch
     fix = f"steps_per_generation={math.ceil(steps_per_generation / fitting) * fitting}"
