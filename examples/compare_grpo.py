@@ -7,8 +7,9 @@
 
     python examples/compare_grpo.py --task chain_arithmetic --output_dir compare-output
 
-Both methods start from the same model with the same optimizer and spend the same: by default as many sampled tokens a
-step and in all (each token counted once, prompts excluded). Every method takes the learning rate of the grid that does
+Both methods start from the same model with the same optimizer and spend the same. By default that is as many sampled
+tokens a step and in all (each token counted once, prompts excluded); `--budget prompts` has them see as many prompts,
+whatever is sampled for each, and `--budget seconds` train for as long. Every method takes the learning rate of the grid that does
 best on validation problems, with seeds of its own; the result is measured on test problems, with other seeds.
 
 Each run is a JSONL file in the output folder. A comparison that was stopped goes on where it was: complete runs are
@@ -190,7 +191,7 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--budget", choices=BUDGETS, default="tokens", help="what both methods spend equally")
     how.add_argument("--per_step", type=float, default=4000, help="sampled tokens a step (leaves, if these are equal)")
     how.add_argument("--total", type=float, default=320_000, help="of the budget, in all")
-    how.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2, 2, 2], help="TreeRPO: by depth")
+    how.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2], help="TreeRPO: by depth")
     how.add_argument("--num_generations", type=int, nargs="+", default=[8], help="GRPO: one or several to choose from")
     how.add_argument("--options", nargs="*", default=[], help="name=value options of both methods' configs")
     how.add_argument("--treerpo_options", nargs="*", default=[], help="name=value options of TreeRPOConfig")

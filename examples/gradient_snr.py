@@ -122,8 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=list(TASKS), default="chain_arithmetic", help="a built-in task")
     parser.add_argument("--models_dir", type=Path, default=Path("compare-output/base_models"), help="made base models")
-    parser.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2, 2, 2], help="TreeRPO: by depth")
-    parser.add_argument("--advantage_estimator", default="treerpo", help="TreeRPO: a name of TreeRPOConfig's")
+    parser.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2], help="TreeRPO: by depth")
+    parser.add_argument("--advantage_estimator", default="optimal_baseline", help="TreeRPO: a name of TreeRPOConfig's")
     parser.add_argument(
         "--treerpo_options", nargs="*", default=[], help="name=value options of TreeRPOConfig, such as split_rule"
     )

@@ -32,8 +32,8 @@ from treerpo_trl.views.console import print_tree
 
 
 NUM_HELD_OUT = 2048
-MAX_DEPTH = 4
-TREES_PER_STEP = 32
+MAX_DEPTH = 2
+TREES_PER_STEP = 64
 MAX_STEPS = 60
 SPLIT_RULES = """where a tree branches below its prompt q:
 
@@ -64,23 +64,20 @@ def measure(model, tokenizer, title: str) -> EvaluationResult:
 
 
 def make_config(output_dir: str, seed: int, split_rule: str) -> TreeRPOConfig:
-    """Trees of at most 16 leaves; those by depth are 2 x 2 x 2 x 2, a line of a solution a segment, or about one."""
-    if split_rule == "uncertainty":
-        forks = {"num_trunks": 4, "forks_per_trunk": 3, "min_segment_length": 2}
-        shape = {**forks, "max_completion_length": MAX_SOLUTION_TOKENS}
-    else:
-        shape = {
-            "branching_factor": 2, "max_depth": MAX_DEPTH, "segment_length": -(-MAX_SOLUTION_TOKENS // MAX_DEPTH)
-        }  # fmt: skip
-    if split_rule == "delimiter":
-        shape["step_delimiters"] = ["\n"]
+    """Small trees and many prompts a step: 2 x 2 leaves, or one response that forks once."""
+    shape = {
+        "length": {},
+        "delimiter": {"step_delimiters": ["\n"], "segment_length": MAX_SOLUTION_TOKENS // MAX_DEPTH},
+        "uncertainty": {"min_segment_length": 2},
+    }[split_rule]
     return TreeRPOConfig(
         output_dir=output_dir,
         split_rule=split_rule,
+        max_completion_length=MAX_SOLUTION_TOKENS,
         **shape,
-        per_device_train_batch_size=TREES_PER_STEP * 2**MAX_DEPTH,
+        per_device_train_batch_size=TREES_PER_STEP * (2 if split_rule == "uncertainty" else 2**MAX_DEPTH),
         max_steps=MAX_STEPS,
-        learning_rate=3e-4,
+        learning_rate=4e-4,
         lr_scheduler_type="linear",
         temperature=1.0,
         bf16=False,
@@ -124,8 +121,8 @@ def main() -> None:
     if before is None:
         return
 
-    # The tree with most to learn from: the one with most nodes in groups whose siblings differ.
-    print_tree(max(trainer.last_trees, key=lambda scored: sum(scored.kept)), tokenizer)
+    # The tree with most to learn from: the one whose nodes differ most.
+    print_tree(max(trainer.last_trees, key=lambda scored: max(scored.advantages) - min(scored.advantages)), tokenizer)
 
     unset_hf_deepspeed_config()  # under ZeRO-3 the saved model would be loaded in shards
     saved_model = AutoModelForCausalLM.from_pretrained(args.output_dir)

@@ -1,4 +1,4 @@
-"""TreeRPOTrainer: TRL's GRPOTrainer, growing trees and training each step against its siblings."""
+"""TreeRPOTrainer: TRL's GRPOTrainer, growing trees and training each step for what it is worth."""
 
 from __future__ import annotations
 
@@ -76,10 +76,9 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
     ...     reward_funcs=accuracy_reward,
     ...     args=TreeRPOConfig(
     ...         "Qwen2.5-0.5B-TreeRPO",
-    ...         branching_factor=4,
-    ...         max_depth=2,
-    ...         segment_length=256,
-    ...         per_device_train_batch_size=16,
+    ...         max_completion_length=512,
+    ...         per_device_train_batch_size=8,
+    ...         gradient_accumulation_steps=8,
     ...     ),
     ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     ... )
