@@ -9,8 +9,9 @@
 
 Both methods start from the same model with the same optimizer and spend the same. By default that is as many sampled
 tokens a step and in all (each token counted once, prompts excluded); `--budget prompts` has them see as many prompts,
-whatever is sampled for each, and `--budget seconds` train for as long. Every method takes the learning rate of the grid that does
-best on validation problems, with seeds of its own; the result is measured on test problems, with other seeds.
+whatever is sampled for each, and `--budget seconds` train for as long. Every method takes the learning rate of the
+grid that does best on validation problems, with seeds of its own. The result is measured on test problems, with other
+seeds.
 
 Each run is a JSONL file in the output folder. A comparison that was stopped goes on where it was: complete runs are
 not repeated, and one that was cut short goes on from its last checkpoint. At the end there are `summary.json`,
