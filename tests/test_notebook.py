@@ -64,4 +64,5 @@ def test_the_notebook_trains_shows_a_tree_and_pushes(tmp_path):
     assert adapter == (output / "adapter_model.safetensors").read_bytes()
     pages = sorted(path.name for path in (output / "trees").glob("*.html"))
     # A step has more trees than a page.
-    assert pages == ["index.html", *(f"step_{step:06}{page}.html" for step in (20, 40) for page in ("-2", ""))]
+    parts = ("-2", "-3", "-4", "")
+    assert pages == ["index.html", *(f"step_{step:06}{part}.html" for step in (20, 40) for part in parts)]
