@@ -57,14 +57,8 @@ class Study:
     def template(self, name: str) -> Run:
         """A run of a comparison; method, learning rate and seed are to be replaced."""
         comparison = COMPARISONS[name]
-        workload = built_in(
-            comparison.task,
-            self.output_dir / "base_models",
-            temperature=comparison.temperature,
-            num_test=comparison.num_test,
-        )
         return Run(
-            workload=workload,
+            workload=built_in(comparison.task, self.output_dir / "base_models", **comparison.workload),
             method=comparison.families["GRPO"][0],
             budget=comparison.budget,
             learning_rate=RATE,

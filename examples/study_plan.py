@@ -32,7 +32,7 @@ def forks(num_trunks: int, forks_per_trunk: int) -> Method:
 
 
 GRPO = [Method(f"grpo-{count}", (), count) for count in (8, 4)]
-RATE = 2e-4
+RATE, SMOLLM2_RATE = 2e-4, 2e-5
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,8 @@ class Comparison:
         learning_rates: And each learning rate; with one method and one rate there is nothing to choose.
         tuning_seeds: Seeds of the choice.
         seeds: Seeds of the result.
-        temperature: Of the policy.
-        num_test: Problems of the result.
-        final_samples: Samples of each of them.
+        workload: Of [`Workload`], such as the temperature of the policy and the number of test problems.
+        final_samples: Samples of each test problem.
         curve_problems: Problems of the measurements on the way, one sample each.
     """
 
@@ -57,9 +56,8 @@ class Comparison:
     tuning_seeds: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     budget: Budget = field(default_factory=lambda: Budget("tokens", total=160_000, per_step=4000))
-    temperature: float = 1.0
+    workload: dict[str, Any] = field(default_factory=lambda: {"num_test": 512})
     num_evaluations: int = 6
-    num_test: int = 512
     final_samples: int = 8
     curve_problems: int = 512
 
@@ -101,7 +99,19 @@ CREDIT = {
         FAMILIES | {"tree": [optimal(4, 4), optimal(4, 4, 4)]},
         seeds=(0, 1, 2),
         budget=Budget("tokens", total=320_000, per_step=8000),
-        temperature=1.2,
+        workload={"temperature": 1.2, "num_test": 512},
+    ),
+    # A pretrained model. Its steps take half a minute of a core, so it has few, and nothing is chosen for it.
+    "sums": Comparison(
+        "sums",
+        families={"GRPO": GRPO[:1], "flat": [optimal(2)], "forks": [forks(1, 1)]},
+        learning_rates=(SMOLLM2_RATE,),
+        seeds=(0, 1),
+        budget=Budget("tokens", total=18_000, per_step=600),
+        workload={"num_test": 256, "num_validation": 256, "eval_batch_size": 64, "max_rows_per_micro_batch": 48},
+        num_evaluations=3,
+        final_samples=4,
+        curve_problems=128,
     ),
 }
 # About as many prompts a step as GRPO with 8 completions has at 4,000 tokens a step.
