@@ -131,7 +131,9 @@ def cases(draw: st.DrawFn, rules: Sequence[str] = tuple(SHAPES)) -> Case:
     estimator = draw(st.sampled_from(ANY_ESTIMATOR if pattern == "any number" else sorted(ESTIMATORS)))
     rule = draw(st.sampled_from(rules))
     shape = draw(SHAPES[rule](2 if ESTIMATORS[estimator].needs_siblings else 1))
-    num_trees = draw(st.integers(1 if shape.num_leaves > 1 else 2, min(4, MOST_ROWS // shape.num_leaves)))
+    # One completion is refused, and so is a single tree where trees are compared with each other.
+    fewest = 2 if shape.num_leaves == 1 or ESTIMATORS[estimator].of_forest is not None else 1
+    num_trees = draw(st.integers(fewest, max(fewest, min(4, MOST_ROWS // shape.num_leaves))))
     rows = num_trees * shape.num_leaves
     micro_batches = draw(st.sampled_from([count for count in range(1, 9) if rows % count == 0]))
     accumulated = draw(st.sampled_from([count for count in range(1, 9) if micro_batches % count == 0]))

@@ -20,6 +20,7 @@ from treerpo_trl.tree import Segment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import compare_grpo
 import compare_report as report
 import compare_run
 import gradient_snr
@@ -292,9 +293,9 @@ def test_any_model_and_dataset(tmp_path):
 @pytest.mark.parametrize("options", [[], ["--task", "countdown", "--model_name_or_path", "m", "--dataset_name", "d",
                                           "--reward_funcs", "accuracy_reward"],
                                      ["--model_name_or_path", "m", "--dataset_name", "d"]])  # fmt: skip
-def test_a_task_or_a_model_is_needed(options):
-    result = subprocess.run(
-        [sys.executable, "examples/compare_grpo.py", *options], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert "--task" in result.stderr.splitlines()[-1]
+def test_a_task_or_a_model_is_needed(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare_grpo.py", *options])
+    with pytest.raises(SystemExit) as error:
+        compare_grpo.main()
+    assert error.value.code == 2
+    assert "--task" in capsys.readouterr().err.splitlines()[-1]

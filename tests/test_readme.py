@@ -69,10 +69,12 @@ def runs(tmp_path_factory):
     """All processes at once, by name: the Python blocks of a file, and each launch."""
     folder = tmp_path_factory.mktemp("readme")
     save_model(folder / "model")
-    # One row: the blocks train for as many epochs as they like.
-    row = {"prompt": [{"role": "user", "content": "What is $3 + 4$?"}], "solution": "$7$"}
+    # One batch of the examples: the blocks train for as many epochs as they like.
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is ${i} + 4$?"}], "solution": f"${i + 4}$"} for i in range(16)
+    ]
     (folder / "data" / "data").mkdir(parents=True)
-    Dataset.from_list([row]).to_parquet(folder / "data" / "data" / "train-00000-of-00001.parquet")
+    Dataset.from_list(rows).to_parquet(folder / "data" / "data" / "train-00000-of-00001.parquet")
     hub = LocalHub(folder / "hub")
     for name in MODELS:
         hub.add_folder("models", name, folder / "model")

@@ -48,6 +48,7 @@ def run(model_path: str, output_dir: str) -> None:
     args = TreeRPOConfig(
         output_dir, branching_factor=2, max_depth=3, segment_length=4, per_device_train_batch_size=16, max_steps=4,
         num_iterations=2, logging_steps=1, learning_rate=1e-2, beta=0.1, reward_weights=[0.5, 0.5],
+        advantage_estimator="treerpo",  # whose groups may all be pruned
         eval_strategy="steps", eval_steps=2, num_generations_eval=2, per_device_eval_batch_size=4,
         save_strategy="no", bf16=False, disable_tqdm=True, report_to=["tensorboard", "trackio", "wandb"],
     )  # fmt: skip
