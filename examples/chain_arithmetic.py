@@ -13,21 +13,19 @@ operations and solutions of at most `MAX_SOLUTION_TOKENS`; other lengths are for
 begin with worked examples, which make them several times as long as a solution.
 """
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset
+from problems import draw_split
 
 
 MODULUS = 100
 MIN_OPERATIONS, MAX_OPERATIONS = 2, 4
 CHARACTERS = "0123456789+-*=#?\n"
 BASE_MODEL_DIR = Path(__file__).parent / "base_model"
-HELD_OUT_ONE_IN = 8
-MOST_MISSES = 100_000  # draws in a row without a new problem, after which there is none left
 
 
 def max_solution_tokens(max_operations: int) -> int:
@@ -74,40 +72,21 @@ def solve(start: int, operations: list[Operation], rng: random.Random, error_rat
     return "".join(lines) + f"#{value}", value
 
 
-def is_held_out(prompt: str) -> bool:
-    """Whether a problem belongs to the held-out split.
-
-    The problem's own text decides, so the two splits cannot meet, whatever their seeds and sizes.
-    """
-    return hashlib.sha256(prompt.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
-
-
 def sample_problems(
     rng: random.Random, held_out: bool, num_operations: tuple[int, int] = (MIN_OPERATIONS, MAX_OPERATIONS)
 ) -> Iterator[tuple[int, list[Operation]]]:
-    """Distinct problems of one split, with a number of operations in that range.
+    """Distinct problems of one split (see `draw_split`), with a number of operations in that range."""
 
-    Raises:
-        ValueError: All of them have come.
-    """
-    seen: set[str] = set()
-    misses = 0
-    while misses < MOST_MISSES:
-        misses += 1
+    def draw() -> tuple[int, list[Operation]]:
         start = rng.randrange(MODULUS)
         operations: list[Operation] = []
         for _ in range(rng.randint(*num_operations)):
             symbol = rng.choice("+-*")
             operations.append((symbol, rng.randint(2 if symbol == "*" else 1, 9)))
-        prompt = format_prompt(start, operations)
-        if prompt not in seen and is_held_out(prompt) == held_out:
-            seen.add(prompt)
-            misses = 0
-            yield start, operations
-    raise ValueError(
-        f"chains of {num_operations[0]} to {num_operations[1]} operations have no more than {len(seen)} problems in "
-        "this split; ask for fewer"
-    )
+        return start, operations
+
+    name = f"chains of {num_operations[0]} to {num_operations[1]} operations"
+    return draw_split(draw, lambda problem: format_prompt(*problem), held_out, name)
 
 
 def make_dataset(

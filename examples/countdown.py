@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from chain_arithmetic import MOST_MISSES, is_held_out
 from datasets import Dataset
+from problems import draw_split
 
 
 LARGEST_VALUE = 99
@@ -108,27 +108,15 @@ def is_route(problem: Problem, text: str) -> bool:
 
 
 def sample_problems(rng: random.Random, held_out: bool) -> Iterator[Problem]:
-    """Problems of one split (see `is_held_out`): endless ones to train on; of those held out none comes twice.
+    """Problems of one split (see `draw_split`): endless ones to train on; of those held out none comes twice."""
 
-    Raises:
-        ValueError: All that are held out have come.
-    """
-    seen: set[Problem] = set()
-    misses = 0
-    while misses < MOST_MISSES:
-        misses += 1
+    def draw() -> Problem | None:
         small = rng.sample(range(1, 10), 2)
         problem = Problem(rng.randint(1, LARGEST_VALUE), tuple(sorted([*small, rng.randint(10, 25)])))
         distance = distances(problem.numbers).get(problem.start, 0)
-        if not MIN_DISTANCE <= distance <= MAX_DISTANCE or is_held_out(problem.prompt) != held_out:
-            continue
-        if held_out:
-            if problem in seen:
-                continue
-            seen.add(problem)
-        misses = 0
-        yield problem
-    raise ValueError(f"countdown has no more than {len(seen)} held-out problems; ask for fewer")
+        return problem if MIN_DISTANCE <= distance <= MAX_DISTANCE else None
+
+    return draw_split(draw, lambda problem: problem.prompt, held_out, "countdown", may_repeat=not held_out)
 
 
 def make_dataset(num_problems: int, seed: int, held_out: bool = False) -> Dataset:

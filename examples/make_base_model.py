@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tasks import BASE_MODELS, TASKS
 from tiny_llama import make_model, make_tokenizer
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from treerpo_trl.evaluation import evaluate
@@ -29,8 +29,13 @@ def train_base_model(name: str, output_dir: Path, seed: int) -> None:
     """Train a model of `BASE_MODELS` and save it with its tokenizer."""
     base = BASE_MODELS[name]
     set_seed(seed)
-    tokenizer = make_tokenizer(base.characters)
-    model = make_model(tokenizer, base.context_length)
+    if base.start_from:
+        folder = BASE_MODELS[base.start_from].shipped
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        model.config.max_position_embeddings = base.context_length
+    else:
+        tokenizer = make_tokenizer(base.characters)
+        model = make_model(tokenizer, base.context_length)
     error_rates = [0.0] * (BATCH_SIZE * base.clean_steps) + [base.error_rate] * (BATCH_SIZE * base.noisy_steps)
     with tempfile.TemporaryDirectory() as scratch_dir:
         trainer = SFTTrainer(

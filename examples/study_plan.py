@@ -73,11 +73,11 @@ def equal_prompts(task: str, per_step: int, families: dict[str, list[Method]]) -
     """As many prompts a step for as many steps, whatever is sampled for each: the paper's protocol."""
     budget = Budget("prompts", total=40 * per_step, per_step=per_step)
     families = {"GRPO": GRPO[:1], **families}
-    return Comparison(task, families, learning_rates=(RATE, 4e-4), tuning_seeds=(100,), seeds=(0, 1, 2), budget=budget)
+    return Comparison(task, families, learning_rates=(4e-4, 8e-4), tuning_seeds=(100,), seeds=(0, 1, 2), budget=budget)
 
 
 FAMILIES = {"tree": [optimal(2, 2)], "flat": [optimal(2)], "forks": [forks(1, 1)]}
-MANY_LEAVES = {"tree": [optimal(4, 4)], "flat": [optimal(16)], "forks": [forks(8, 1)]}
+MANY_LEAVES = {"tree": [optimal(4, 4), optimal(4, 4, 4)], "flat": [optimal(16), optimal(32)]}
 CREDIT = {
     **{
         task: credit(task, {**FAMILIES, "paper": [paper(4, 2)]})
@@ -92,13 +92,25 @@ CREDIT = {
             "paper": [paper(2, 2, 2, 2)],
         },
     ),
-    "few_shot_chains": credit("few_shot_chains", FAMILIES | {"paper": [paper(4, 2)]}, seeds=(0, 1, 2)),
+    # The problems of `chain_arithmetic` under long prompts, so with what was chosen there.
+    "few_shot_chains": Comparison(
+        "few_shot_chains",
+        families={"GRPO": GRPO[1:], "paper": [paper(4, 2)], **FAMILIES},
+        learning_rates=(4e-4,),
+        seeds=(0, 1, 2),
+        budget=Budget("tokens", total=80_000, per_step=4000),
+        num_evaluations=4,
+    ),
     # Chains of 8 at this temperature: 3% of the responses are right.
     "rare_chains": credit(
         "chains_of_8",
-        FAMILIES | {"tree": [optimal(4, 4), optimal(4, 4, 4)]},
+        {
+            "tree": [optimal(4, 4), optimal(4, 4, 4)],
+            "flat": [optimal(2), optimal(16)],
+            "forks": [forks(1, 1), forks(8, 1)],
+        },
         seeds=(0, 1, 2),
-        budget=Budget("tokens", total=320_000, per_step=8000),
+        budget=Budget("tokens", total=160_000, per_step=8000),
         workload={"temperature": 1.2, "num_test": 512},
     ),
     # A pretrained model. Its steps take half a minute of a core, so it has few, and nothing is chosen for it.

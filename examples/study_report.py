@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from compare_report import Curve, compare, draw, finals, table
+from matplotlib.patches import Patch
 
 
 LABELS = {
@@ -90,7 +91,7 @@ def end_entropy(curves: Sequence[Curve]) -> float:
 def summarize(name: str, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The best trees of a task against GRPO under the three budgets, and flat samples with the same credit.
 
-    Differences are in points of Pass@1.
+    Differences are in points of Pass@1. Each budget has the trees that were chosen for it.
     """
     report, prompts = reports[name], reports.get(f"{name}_prompts")
     families = report["families"]
@@ -100,11 +101,13 @@ def summarize(name: str, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         "pass_at_1_before": report["pass_at_1_before"],
         "pass_at_1_baseline": families["GRPO"]["pass_at_1"],
     }
-    for prefix, family in (("", report["best"]), ("flat_", "flat")):
+    for prefix, family, quick in (("", report["best"], report["best_time"]), ("flat_", "flat", "flat")):
         if family not in families:
             continue
-        numbers = families[family]
-        summary |= {prefix + key: value for key, value in differences(numbers).items()}
+        summary |= {prefix + key: value for key, value in differences(families[family]).items()}
+        summary[f"{prefix}method_time"] = families[quick]["method"]
+        source = families[quick]["against_grpo"]
+        summary |= in_points(f"{prefix}delta_time", source, "delta_at_equal_cpu_seconds")
         if prompts is not None:
             fitting = prompts["best"] if prefix == "" else "flat"
             if fitting in prompts["families"]:
@@ -120,7 +123,6 @@ def differences(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "pass_at_1": numbers["pass_at_1"],
         **in_points("delta_tokens", against, "delta_pass_at_1"),
-        **in_points("delta_time", against, "delta_at_equal_cpu_seconds"),
         "length_ratio": against["length_ratio"],
         "snr_ratio": numbers["snr_ratio"],
         "seeds": against["seeds"],
@@ -137,13 +139,15 @@ def in_points(name: str, numbers: Mapping[str, Any], source: str) -> dict[str, f
 def headline_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: a row a task, as in the README."""
     columns = ["task", "Pass@1 before", "GRPO", "trees", "points above GRPO, equal tokens", "equal CPU time",
-               "equal prompts", "flat samples: equal tokens", "equal CPU time", "seeds"]  # fmt: skip
+               "equal prompts", "flat samples: equal tokens", "equal CPU time", "equal prompts", "seeds"]  # fmt: skip
     lines = [columns, ["---"] * len(columns)]
     for task, numbers in summary.items():
         before, baseline, trees = (
             f"{numbers[name]:.3f}" for name in ("pass_at_1_before", "pass_at_1_baseline", "pass_at_1")
         )
-        deltas = ("delta_tokens", "delta_time", "delta_prompts", "flat_delta_tokens", "flat_delta_time")
+        deltas = [
+            prefix + name for prefix in ("", "flat_") for name in ("delta_tokens", "delta_time", "delta_prompts")
+        ]
         lines.append(
             [
                 task,
@@ -158,10 +162,12 @@ def headline_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def show_delta(summary: Mapping[str, Any], name: str) -> str:
-    """A difference of the summary with its interval, or nothing if it was not measured."""
+    """A difference of the summary with its interval and its method, if that is another; nothing if not measured."""
     if name not in summary:
         return ""
-    return f"{summary[name]:+.1f} ({summary[f'{name}_low']:+.1f} to {summary[f'{name}_high']:+.1f})"
+    method = summary.get(name.replace("delta", "method"), summary.get("method"))
+    other = "" if name.startswith("flat_") or method == summary.get("method") else f", {method}"
+    return f"{summary[name]:+.1f} ({summary[f'{name}_low']:+.1f} to {summary[f'{name}_high']:+.1f}{other})"
 
 
 def overview_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
@@ -207,14 +213,14 @@ def draw_overview(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 if family not in report["families"]:
                     continue
                 delta, low, high = in_points("", report["families"][family]["against_grpo"], source).values()
-                label = LABELS[family] if place == 0 else None
                 x = place + 0.2 * (index - 1.5)
-                axis.bar(x, delta, 0.18, color=f"C{index}", label=label)
+                axis.bar(x, delta, 0.18, color=f"C{index}")
                 axis.plot([x, x], [low, high], color="black", linewidth=1)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(f"Pass@1 above GRPO at {title}, points", loc="left", fontsize="medium")
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize="small", ncols=2)
+    bars = [Patch(color=f"C{index}", label=LABELS[family]) for index, family in enumerate(shown)]
+    axes[0].legend(handles=bars, fontsize="small", ncols=2)
     axes[1].set_xticks(range(len(reports)), [name.replace("_", " ") for name in reports])
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -12,8 +12,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from chain_arithmetic import MOST_MISSES, is_held_out
 from datasets import Dataset
+from problems import draw_split
 
 
 SYSTEM_PROMPT = "You calculate step by step."
@@ -26,15 +26,9 @@ Term = tuple[str, int]
 
 
 def sample_problems(rng: random.Random, held_out: bool) -> Iterator[tuple[int, list[Term]]]:
-    """Distinct problems of one split: a first number, and what is added to it; no result is below 0.
+    """Distinct problems of one split (see `draw_split`): a first number, and what is added; no result is below 0."""
 
-    Raises:
-        ValueError: All of them have come.
-    """
-    seen: set[str] = set()
-    misses = 0
-    while misses < MOST_MISSES:
-        misses += 1
+    def draw() -> tuple[int, list[Term]]:
         first = value = rng.randint(SMALLEST, LARGEST)
         terms: list[Term] = []
         for _ in range(NUM_TERMS - 1):
@@ -42,12 +36,9 @@ def sample_problems(rng: random.Random, held_out: bool) -> Iterator[tuple[int, l
             sign = "-" if number <= value and rng.random() < 0.5 else "+"
             value += number if sign == "+" else -number
             terms.append((sign, number))
-        text = format_problem(first, terms)
-        if text not in seen and is_held_out(text) == held_out:
-            seen.add(text)
-            misses = 0
-            yield first, terms
-    raise ValueError(f"there are no more than {len(seen)} problems in this split; ask for fewer")
+        return first, terms
+
+    return draw_split(draw, lambda problem: format_problem(*problem), held_out, "sums")
 
 
 def format_problem(first: int, terms: list[Term]) -> str:

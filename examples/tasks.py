@@ -24,6 +24,7 @@ class BaseModel:
         error_rate: Share of the lines with a slip in the second.
         context_length: Most tokens of prompt and solution.
         shipped: The folder it is in, if it comes with the examples.
+        start_from: Name of a shipped base model to go on from; without it, training starts from nothing.
     """
 
     characters: str
@@ -33,6 +34,7 @@ class BaseModel:
     error_rate: float
     context_length: int = 128
     shipped: Path | None = None
+    start_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,11 @@ BASE_MODELS = {
     "few_shot_chains": BaseModel(
         characters=chain_arithmetic.CHARACTERS,
         make_demonstrations=partial(chain_arithmetic.make_demonstrations, num_examples=NUM_EXAMPLES),
-        clean_steps=1000,
-        noisy_steps=600,
+        clean_steps=0,
+        noisy_steps=400,
         error_rate=0.18,
         context_length=256,
+        start_from="chain_arithmetic",
     ),
 }
 

@@ -13,6 +13,7 @@ from treerpo_trl.evaluation import evaluate
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import chain_arithmetic as task
+from problems import is_held_out
 from tiny_llama import make_model, make_tokenizer
 
 
@@ -64,7 +65,7 @@ def test_worked_examples_make_the_prompt_long_and_are_right():
         assert answers == [answer_by_plain_python(text) for text in problems]
         own = problem.split("\n", maxsplit=problem.count("\n") - 1)[-1]
         assert int(row["answer"]) == answer_by_plain_python(own)
-        assert task.is_held_out(own) and not any(map(task.is_held_out, problems))
+        assert is_held_out(own) and not any(map(is_held_out, problems))
 
 
 def test_same_seed_same_problems():
@@ -107,7 +108,7 @@ def test_longest_solution_fits(num_operations):
 
 
 def test_more_problems_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match="chains of 1 to 1 operations have no more than 3"):
+    with pytest.raises(ValueError, match="chains of 1 to 1 operations: there are no more than 3"):
         task.make_dataset(1000, seed=0, held_out=True, num_operations=(1, 1))
 
 

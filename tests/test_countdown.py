@@ -93,7 +93,7 @@ def test_splits_are_disjoint_whatever_the_seed():
 
 
 def test_more_problems_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match=r"no more than \d{4} held-out problems; ask for fewer"):
+    with pytest.raises(ValueError, match=r"countdown: there are no more than \d{4} problems in this split"):
         task.make_dataset(10_000, seed=0, held_out=True)
 
 

@@ -16,6 +16,7 @@ import study_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "examples" / "results"
+FEW = ["countdown", "chains_of_8", "few_shot_chains", "countdown_prompts", "countdown_cost_0.1"]
 BUDGETS = ("delta_tokens", "delta_time", "delta_prompts")
 
 
@@ -49,7 +50,9 @@ def score(run):
 def finished(tmp_path, monkeypatch):
     """A study whose runs are all there; nothing is trained."""
     monkeypatch.setattr(study, "built_in", lambda name, models_dir, **options: name)
-    finished = study.Study(tmp_path, num_workers=1)
+    for name in ("COMPARISONS", "CREDIT"):  # drawing all takes a minute
+        monkeypatch.setattr(study, name, {task: found for task, found in getattr(study, name).items() if task in FEW})
+    finished = study.Study(tmp_path, num_workers=1, names=FEW)
 
     def execute(runs):
         for name, run in runs:
@@ -67,30 +70,35 @@ def test_report_of_a_finished_study(finished, tmp_path):
     results = tmp_path / "results"
     study.write_report(finished, results)
     summary = json.loads((results / "summary.json").read_text())
-    assert list(summary) == list(study_plan.CREDIT)
+    assert list(summary) == ["countdown", "chains_of_8", "few_shot_chains"]
     numbers = summary["countdown"]
     assert (numbers["method"], numbers["baseline"]) == ("forks-1x1", "grpo-8")
-    assert (numbers["method_prompts"], numbers["flat_method_prompts"]) == ("forks-8x1", "flat-16")
+    assert (numbers["method_prompts"], numbers["flat_method_prompts"]) == ("tree-4x4", "flat-16")
     assert numbers["seeds"] == numbers["flat_seeds"] == 5
     assert (numbers["snr_ratio"], numbers["flat_snr_ratio"]) == (1.5, 1.5)
     assert numbers["delta_tokens"] == pytest.approx(25)
     assert numbers["flat_delta_tokens"] == pytest.approx(10)
-    assert numbers["delta_prompts"] == pytest.approx(25, abs=0.5)
+    assert numbers["delta_prompts"] == pytest.approx(20, abs=0.5)
     for budget in BUDGETS:
         for prefix in ("", "flat_"):
             low, high = (numbers[f"{prefix}{budget}_{end}"] for end in ("low", "high"))
             assert low < numbers[prefix + budget] < high
-    # Forks take 60 seconds where the others take 45: at GRPO's time they have three quarters of their steps.
-    assert numbers["delta_time"] < numbers["delta_tokens"] - 5
+    # Forks take 60 seconds where the others take 45: at GRPO's time they have three quarters of their steps, and trees
+    # are what to take.
+    reports = json.loads((results / "comparisons.json").read_text())["countdown"]["families"]
+    forks = reports["forks"]["against_grpo"]
+    assert forks["delta_at_equal_cpu_seconds"] < forks["delta_pass_at_1"] - 0.05
+    assert (numbers["method_time"], numbers["flat_method_time"]) == ("tree-2x2", "flat-2")
+    assert numbers["delta_time"] == pytest.approx(20)
     assert numbers["flat_delta_time"] == pytest.approx(numbers["flat_delta_tokens"])
     assert "delta_prompts" not in summary["few_shot_chains"]
-    for name in study_plan.COMPARISONS:
+    for name in FEW:
         assert (results / f"{name}.png").stat().st_size > 10_000
         runs = json.loads((results / f"{name}.json").read_text())
         assert len(runs["GRPO"]) == len(study_plan.COMPARISONS[name].seeds)
-    assert (
-        "| countdown | 0.200 | 0.654 (grpo-8) | 0.904 (forks-1x1) | +25.0 (" in (results / "headline.md").read_text()
-    )
+    headline = (results / "headline.md").read_text()
+    assert "| countdown | 0.200 | 0.654 (grpo-8) | 0.904 (forks-1x1) | +25.0 (" in headline
+    assert ", tree-2x2)" in headline
     table = (results / "overview.md").read_text()
     assert "| countdown | forks-1x1 | 5 | 0.904 | +25.0 (" in table
     assert (results / "overview.png").stat().st_size > 10_000
