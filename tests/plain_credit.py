@@ -13,7 +13,7 @@ from treerpo_trl import Tree
 
 
 Rewards = Mapping[int, Fraction | None]  # leaf -> reward
-OF_TREE = ("parent", "tree_mean", "treerl", "treepo")
+OF_TREE = ("parent", "tree_mean", "treerl", "treepo", "tree_grpo")
 ROUNDING = 1e-6  # of the largest reward: advantages that small are none
 
 
@@ -55,6 +55,8 @@ def of_tree(tree: Tree, rewards: Rewards, estimator: str) -> dict[int, float]:
             advantages[node] = float(values[node] - mean(outside)) if outside else 0.0
         elif estimator == "treerl":
             advantages[node] = sqrt(len(below)) * float(values[node] - values[0] + values[node] - parent)
+        elif estimator == "tree_grpo":
+            advantages[node] = sum(trajectory_of_tree_grpo(tree, leaf, rewards) for leaf in below)
         else:
             advantages[node] = float(sum(trajectory_of_treepo(tree, leaf, rewards) for leaf in below))
     return advantages
@@ -64,6 +66,18 @@ def trajectory_of_treepo(tree: Tree, leaf: int, rewards: Rewards) -> Fraction:
     """Its reward against the mean of the leaves below each of its ancestors, on average."""
     above = [[rewards[other] for other in scored_below(tree, node, rewards)] for node in ancestors(tree, leaf)]
     return mean([rewards[leaf] - mean(group) for group in above])
+
+
+def trajectory_of_tree_grpo(tree: Tree, leaf: int, rewards: Rewards) -> float:
+    """Its reward, normalized among the leaves below the same child of the root, and among all."""
+    top = [leaf, *ancestors(tree, leaf)][-2]
+    total = 0.0
+    for node in (top, 0):
+        group = [rewards[other] for other in scored_below(tree, node, rewards)]
+        if len(group) > 1:
+            variance = sum((reward - mean(group)) ** 2 for reward in group) / (len(group) - 1)
+            total += float(rewards[leaf] - mean(group)) / (sqrt(variance) + 1e-4)
+    return total
 
 
 def rows_below(tree: Tree, node: int, branching: Sequence[int] | None) -> int:

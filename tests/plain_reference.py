@@ -40,7 +40,7 @@ def advantages_of(
     if estimator not in OF_TREE:
         return [against_siblings(*pair, estimator, tau) for pair in zip(trees, rewards, strict=True)]
     advantages = [of_tree(*pair, estimator) for pair in zip(trees, rewards, strict=True)]
-    return to_unit_rms(trees, rewards, advantages) if estimator == "treepo" else advantages
+    return to_unit_rms(trees, rewards, advantages) if estimator in ("treepo", "tree_grpo") else advantages
 
 
 def against_siblings(tree: Tree, rewards: Rewards, estimator: str, tau: Fraction | None) -> dict[int, float]:

@@ -7,7 +7,7 @@ from a group of siblings (`siblings`), from a tree (`paths`) or from the batch o
 from .assign import ROUNDING, ScoredTree, assign, assign_batch, check_reward, find_reward_fault
 from .baseline import optimal_baseline
 from .estimators import ESTIMATORS, Estimator
-from .paths import parent, tree_mean, treepo, treerl
+from .paths import parent, tree_grpo, tree_mean, treepo, treerl
 from .siblings import bernoulli_std, centered, group_std, leave_one_out, treerpo
 from .values import VALUE_ROUNDING, ValuedTree, back_up, is_kept
 
@@ -33,6 +33,7 @@ __all__ = [
     "leave_one_out",
     "optimal_baseline",
     "parent",
+    "tree_grpo",
     "tree_mean",
     "treepo",
     "treerl",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .baseline import optimal_baseline
-from .paths import parent, tree_mean, treepo, treerl
+from .paths import parent, tree_grpo, tree_mean, treepo, treerl
 from .siblings import bernoulli_std, centered, group_std, leave_one_out, treerpo
 from .values import ValuedTree
 
@@ -52,5 +52,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "tree_mean": Estimator(of_tree=tree_mean),
     "treerl": Estimator(of_tree=treerl),
     "treepo": Estimator(of_tree=treepo, has_unit_rms=True),
+    "tree_grpo": Estimator(of_tree=tree_grpo, has_unit_rms=True),
     "optimal_baseline": Estimator(of_forest=optimal_baseline, needs_siblings=False, has_unit_rms=True),
 }
