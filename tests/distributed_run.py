@@ -18,6 +18,7 @@ import torch
 from conftest import EOS, RandomBackend, make_tokenizer, spread_reward
 from datasets import Dataset
 from peft import LoraConfig
+from tool_policy import CALLS, make_tool_policy
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -220,6 +221,40 @@ def train_rule(model_path: str, output_dir: str, fork_caches: bool | None = None
     leave(trainer, output_dir)
 
 
+def look_up(key: str) -> str:
+    """
+    Look up a key.
+
+    Args:
+        key: What to look up.
+    """
+    return f"it is {key}"
+
+
+def train_tools(model_path: str, output_dir: str, **overrides: Any) -> None:
+    """As with the rules: one process answers at once, where the other calls its tool turn after turn."""
+    model, tokenizer = make_tool_policy()
+    model.save_pretrained(f"{output_dir}/model_{RANK}")
+    calls = [(tokenizer.convert_tokens_to_ids(call),) for call in CALLS]
+    never, always = (dict.fromkeys(calls, bias) for bias in (-100.0, 100.0))
+    bias = Bias({0: (never, always), 2: (always, never)})
+    args = make_args(
+        output_dir, max_frontier_rows=3, max_steps=3, segment_length=None, max_completion_length=400,
+        max_tool_calling_iterations=4, beta=0.0, learning_rate=1e-3, **overrides,
+    )  # fmt: skip
+    dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "?" * (i % 3)}] for i in range(32)]})
+
+    def reward(completions: list[Any], **kwargs: Any) -> list[float]:
+        return [sum(map(ord, messages[-1]["content"])) % 5 / 4 for messages in completions]
+
+    bias.trainer = trainer = RecordingTrainer(
+        f"{output_dir}/model_{RANK}", reward, args, train_dataset=dataset, processing_class=tokenizer,
+        callbacks=[bias], tools=[look_up],
+    )  # fmt: skip
+    trainer.train()
+    leave(trainer, output_dir)
+
+
 def train_killed(model_path: str, output_dir: str) -> None:
     """Process 1 dies in the middle of the third step."""
 
@@ -234,7 +269,9 @@ def train_killed(model_path: str, output_dir: str) -> None:
     trainer.train()
 
 
-SCENARIOS = {"uneven": train_uneven, "given": train_given, "rule": train_rule, "killed": train_killed}
+SCENARIOS = {
+    "uneven": train_uneven, "given": train_given, "rule": train_rule, "tools": train_tools, "killed": train_killed,
+}  # fmt: skip
 
 
 def main(model_path: str, output_dir: str, *scenarios: str) -> None:

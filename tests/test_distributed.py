@@ -104,6 +104,9 @@ RULES = {
 }
 
 
+TOOLS = "rule-tools"  # turns, of which one process has more
+
+
 def scenarios_of(config: str) -> dict[str, str]:
     """Name -> scenario for distributed_run.py."""
     scenarios = {
@@ -122,6 +125,7 @@ def scenarios_of(config: str) -> dict[str, str]:
         credit = ["credit-of-forks"]  # the others differ in what no engine has a part in
         rules = [name for name in RULES if not sharded or name != "rule-forks-of-prefilled-prefixes"]
         scenarios |= {name: f"rule={json.dumps(RULES[name] | sharded)}" for name in rules}
+        scenarios[TOOLS] = f"tools={json.dumps(sharded)}"
     return scenarios | {name: f"given={json.dumps(CREDIT[name])}" for name in credit}
 
 
@@ -238,7 +242,7 @@ def test_credit_of_the_batch_is_that_of_one_process(runs, model_path, tmp_path):
 
 def test_processes_with_unequal_forks_run_a_sharded_model_equally_often(runs):
     """Also where one of them has nothing to fork, or prefixes to prefill while the other has none."""
-    for name in RULES.keys() & runs[1].keys():
+    for name in {*RULES, TOOLS} & runs[1].keys():
         first, second = runs[1][name].seen
         nodes = [(one["nodes"], other["nodes"]) for one, other in zip(first["record"], second["record"], strict=True)]
         assert max(nodes[0][0]) == max(nodes[2][1]) == 2  # of one token each, but for the root

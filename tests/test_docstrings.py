@@ -65,7 +65,7 @@ def as_value(text):
 def test_the_docstring_names_the_defaults():
     """Those that are derived from others are in the table of the README."""
     described = re.findall(r"\n        (\w+) \(.*, defaults to [^`]*`(.+?)`\):", TreeRPOConfig.__doc__)
-    assert {"split_rule", "advantage_estimator", "prune_threshold", "log_trees"} <= {name for name, _ in described}
+    assert {"advantage_estimator", "prune_threshold", "log_trees"} <= {name for name, _ in described}
     fields = {field.name: field for field in dataclasses.fields(TreeRPOConfig)}
     for name, text in described:
         field = fields[name]

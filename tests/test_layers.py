@@ -47,6 +47,20 @@ MAY_IMPORT = {
         "transformers",
         "trl",
     },
+    "tool_use": {"treerpo_trl.growth", "treerpo_trl.metrics", "treerpo_trl.tree", "accelerate", "trl"},
+    "sampling": {
+        "treerpo_trl.checks",
+        "treerpo_trl.credit",
+        "treerpo_trl.growth",
+        "treerpo_trl.resuming",
+        "treerpo_trl.timing",
+        "treerpo_trl.tool_use",
+        "treerpo_trl.tree",
+        "treerpo_trl.validation",
+        "torch",
+        "transformers",
+        "trl",
+    },
 }
 TRAINER = {f"treerpo_trl.{name}" for name in MAY_IMPORT} | {"accelerate", "datasets", "torch", "transformers", "trl"}
 ALLOWED = {**MAY_IMPORT, "treerpo_trainer": TRAINER, "__init__": {"treerpo_trl"}}

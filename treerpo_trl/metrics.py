@@ -212,6 +212,6 @@ def _values(scored: ScoredTree, group: Sequence[int]) -> list[float]:
 
 
 def _row_tokens(tree: Tree, shape: Shape) -> int:
-    """Tokens of the tree's rows."""
+    """Sampled tokens of the tree's rows."""
     rows = shape.rows_below(tree)
-    return sum(rows[node] * len(tree.nodes[node].token_ids) for node in range(1, len(tree.nodes)))
+    return sum(rows[node] * tree.nodes[node].num_sampled for node in range(1, len(tree.nodes)))

@@ -164,6 +164,7 @@ def list_settings(trainer: Any) -> dict[str, str]:
     threshold = args.prune_threshold if prunes else None
     return {
         **list_tree_settings(args),
+        **({"Tools": ", ".join(f"`{tool.__name__}`" for tool in trainer.tools)} if trainer.tools else {}),
         "Longest response": f"{args.max_completion_length} tokens",
         "Leaves": f"{'at most ' * (args.split_rule == 'uncertainty')}{args.num_generations}",
         "Advantage estimator": f"`{args.advantage_estimator}`",
@@ -197,6 +198,8 @@ def list_tree_settings(args: Any) -> dict[str, str]:
         "Depth": str(args.max_depth),
         "Segment length": f"{args.segment_length} tokens",
     }
+    if args.split_rule == "turn":
+        settings["Segment length"] = "a turn; the last goes on to the answer"
     if args.split_rule == "delimiter":
         settings["Segment length"] = f"{least} to {args.segment_length} tokens; the last has no limit of its own"
         settings["Step delimiters"] = ", ".join(map(_quote, args.step_delimiters))

@@ -40,7 +40,8 @@ class RowLayout:
     """Which node every token of every row belongs to, and which row trains it.
 
     Args:
-        node_BT: (B, T) index of the token's node among the nodes of all trees; `NO_NODE` on padding.
+        node_BT: (B, T) index of the token's node among the nodes of all trees; `NO_NODE` on padding, and on what tools
+            answered.
         owned_BT: (B, T) whether the row owns the node. Each node is owned by at most one row.
     """
 
@@ -61,6 +62,7 @@ def lay_out(trees: Sequence[Tree], shape: Shape, width: int, active_B: Sequence[
     paths: list[list[int]] = []
     ends: list[list[int]] = []
     owned: list[list[bool]] = []
+    answers: list[tuple[int, int]] = []
     seen: set[int] = set()
     offset = 0
     for tree in trees:
@@ -75,6 +77,8 @@ def lay_out(trees: Sequence[Tree], shape: Shape, width: int, active_B: Sequence[
             owned.append([is_active and node not in seen for node in nodes] + [False] * missing)
             if is_active:
                 seen.update(nodes)
+            if any(tree.nodes[node].sampled is not None for node in path):
+                answers += [(len(paths) - 1, t) for t, drawn in enumerate(tree.sampled_mask(leaf)) if not drawn]
         offset += len(tree.nodes)
     position_BT = torch.arange(width).expand(len(paths), width).contiguous()
     # The number of segments that end at or before a position is the depth index of the segment it lies in.
@@ -83,6 +87,10 @@ def lay_out(trees: Sequence[Tree], shape: Shape, width: int, active_B: Sequence[
     depth_BT = depth_BT.clamp(max=max_depth - 1)
     node_BT = torch.tensor(paths).view(-1, max_depth).gather(1, depth_BT).masked_fill(is_padding_BT, NO_NODE)
     owned_BT = torch.tensor(owned).view(-1, max_depth).gather(1, depth_BT) & ~is_padding_BT
+    if answers:
+        rows, positions = torch.tensor(answers).T
+        node_BT[rows, positions] = NO_NODE
+        owned_BT[rows, positions] = False
     return RowLayout(node_BT, owned_BT)
 
 
@@ -101,7 +109,7 @@ def node_weights(tree: Tree, longest_segment: int) -> list[float]:
 
     The factor L makes a token of a full segment weigh 1, so that weights never sum to less than their count.
     """
-    return [0.0] + [longest_segment / len(node.token_ids) for node in tree.nodes[ROOT + 1 :]]
+    return [0.0] + [longest_segment / node.num_sampled for node in tree.nodes[ROOT + 1 :]]
 
 
 LOSS_WEIGHTINGS: dict[str, Callable[[Tree, int], list[float]]] = {"token": token_weights, "node": node_weights}

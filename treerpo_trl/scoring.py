@@ -30,19 +30,22 @@ class DistinctRows:
     inverse: tuple[int, ...]
 
     @classmethod
-    def of(cls, completion_ids: Sequence[Sequence[int]], num_generations: int) -> DistinctRows:
+    def of(
+        cls, completion_ids: Sequence[Sequence[int]], num_generations: int, environments: Sequence[Any] | None = None
+    ) -> DistinctRows:
         """Rows with equal tokens are one trajectory if they belong to the same prompt, by position: the dataset may
         hold the same prompt twice, with other columns.
 
         Args:
             completion_ids: [B] token ids of each row.
             num_generations: Rows of each prompt.
+            environments: [B] the environment of each row, if they have some: rows of one trajectory have the same.
         """
-        position: dict[tuple[int, tuple[int, ...]], int] = {}
+        position: dict[tuple[int, tuple[int, ...], int], int] = {}
         first: list[int] = []
         inverse: list[int] = []
         for row, ids in enumerate(completion_ids):
-            key = (row // num_generations, tuple(ids))
+            key = (row // num_generations, tuple(ids), id(environments[row]) if environments else 0)
             if key not in position:
                 position[key] = len(first)
                 first.append(row)

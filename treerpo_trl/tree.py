@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 
+NUMBERS = ("logprobs", "score_norms", "uncertainties")  # of each token, if the backend reports them
+OF_TOKENS = ("token_ids", "sampled", *NUMBERS)
 NO_PARENT = -1
 ROOT = 0
 
@@ -16,14 +19,17 @@ class Segment:
     """One sampled step, before it has a place in a tree.
 
     Args:
-        token_ids: The sampled tokens, at least one. The end-of-sequence token, if drawn, is the last.
+        token_ids: The sampled tokens, at least one, and what tools answered to them. The end-of-sequence token, if
+            drawn, is the last that was sampled.
         ended: Whether generation is over after this segment (it drew EOS or a stop string). A segment that merely
-            reached its length limit has not ended: it can branch.
+            reached its length limit has not ended: it can branch. Nor has a turn that tools answered to.
         logprobs: Log-probability, in nats, that each token was drawn with; `None` if the backend does not report it.
         score_norms: Of each token t, the squared norm of the gradient of its log-probability for the logits,
             1 - 2 p_t + sum_v p_v^2; `None` if the backend does not report it.
         uncertainties: How uncertain the policy was of each token, in nats: what forks are chosen by; `None` if the
             backend does not report it.
+        sampled: Whether each token was sampled; those that were not are what tools answered, and all the numbers above
+            are 0 for them. `None` if all were.
     """
 
     token_ids: tuple[int, ...]
@@ -31,6 +37,20 @@ class Segment:
     logprobs: tuple[float, ...] | None = None
     score_norms: tuple[float, ...] | None = None
     uncertainties: tuple[float, ...] | None = None
+    sampled: tuple[bool, ...] | None = None
+
+    def answered(self, token_ids: Sequence[int]) -> Segment:
+        """The segment with what tools answered to it: it has not ended."""
+        zeros = (0.0,) * len(token_ids)
+        numbers = {name: values + zeros for name in NUMBERS if (values := getattr(self, name)) is not None}
+        sampled = (True,) * len(self.token_ids) if self.sampled is None else self.sampled
+        return replace(
+            self,
+            token_ids=self.token_ids + tuple(token_ids),
+            ended=False,
+            sampled=sampled + (False,) * len(token_ids),
+            **numbers,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +66,7 @@ class Node:
         uncertainties: See [`Segment`].
         is_rest: Whether a fork cut the node from its parent: the two were drawn as one segment, and the node's
             siblings continue it in other ways.
+        sampled: See [`Segment`].
     """
 
     parent: int
@@ -55,6 +76,30 @@ class Node:
     score_norms: tuple[float, ...] | None = None
     uncertainties: tuple[float, ...] | None = None
     is_rest: bool = False
+    sampled: tuple[bool, ...] | None = None
+
+    @classmethod
+    def of(cls, parent: int, segment: Segment) -> Node:
+        """The segment below a parent."""
+        return cls(
+            parent,
+            segment.token_ids,
+            segment.ended,
+            segment.logprobs,
+            segment.score_norms,
+            segment.uncertainties,
+            sampled=segment.sampled,
+        )
+
+    @property
+    def sampled_mask(self) -> tuple[bool, ...]:
+        """Of each token, whether it was sampled."""
+        return (True,) * len(self.token_ids) if self.sampled is None else self.sampled
+
+    @property
+    def num_sampled(self) -> int:
+        """Number of its tokens that were sampled."""
+        return len(self.token_ids) if self.sampled is None else sum(self.sampled)
 
     @property
     def score_norm(self) -> float | None:
@@ -63,19 +108,18 @@ class Node:
 
     def piece(self, start: int, end: int, parent: int) -> Node:
         """Tokens `start` to `end` of the node, below `parent`. Only the last piece ends as the node does."""
-        logprobs, score_norms, uncertainties = (
-            None if values is None else values[start:end]
-            for values in (self.logprobs, self.score_norms, self.uncertainties)
-        )
-        return Node(
-            parent,
-            self.token_ids[start:end],
-            self.ended and end == len(self.token_ids),
-            logprobs,
-            score_norms,
-            uncertainties,
-            is_rest=start > 0 or self.is_rest,
-        )
+        kept = {name: values[start:end] for name in OF_TOKENS if (values := getattr(self, name)) is not None}
+        is_last = end == len(self.token_ids)
+        return replace(self, parent=parent, ended=self.ended and is_last, is_rest=start > 0 or self.is_rest, **kept)
+
+    def extended(self, segment: Segment) -> Node:
+        """The node with what was sampled after it as a part of it."""
+        pairs = {name: (getattr(self, name), getattr(segment, name)) for name in NUMBERS}
+        numbers: dict[str, Any] = {name: None if None in pair else sum(pair, ()) for name, pair in pairs.items()}
+        more = Node.of(self.parent, segment)
+        whole = None if self.sampled is None and more.sampled is None else self.sampled_mask + more.sampled_mask
+        token_ids = self.token_ids + segment.token_ids
+        return replace(self, token_ids=token_ids, ended=segment.ended, sampled=whole, **numbers)
 
 
 @dataclass(frozen=True)
@@ -109,19 +153,21 @@ class Tree:
 
     def grow(self, segments: Mapping[int, Sequence[Segment]]) -> Tree:
         """The tree with new children: parent index -> its children's segments, in order."""
-        children = [
-            Node(
-                parent,
-                segment.token_ids,
-                segment.ended,
-                segment.logprobs,
-                segment.score_norms,
-                segment.uncertainties,
-            )
-            for parent, group in segments.items()
-            for segment in group
-        ]
+        children = [Node.of(parent, segment) for parent, group in segments.items() for segment in group]
         return Tree(self.nodes + tuple(children))
+
+    def extend(self, segments: Mapping[int, Segment]) -> Tree:
+        """The tree with leaves that go on: leaf index -> what was sampled after it as a part of it.
+
+        Raises:
+            ValueError: A node is no leaf, or has ended.
+        """
+        nodes = list(self.nodes)
+        for index, segment in segments.items():
+            if index == ROOT or self.children[index] or self.nodes[index].ended:
+                raise ValueError(f"node {index} cannot go on: it is the root, has children or has ended")
+            nodes[index] = self.nodes[index].extended(segment)
+        return Tree(tuple(nodes))
 
     def cut(self, offsets: Mapping[int, Sequence[int]]) -> tuple[Tree, dict[tuple[int, int], int]]:
         """The tree with some nodes cut in pieces, each below the one before it; children hang below the last piece.
@@ -169,7 +215,7 @@ class Tree:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """[N] sampled tokens on the way to each node, its own included; the root has 0."""
+        """[N] tokens on the way to each node, its own and what tools answered included; the root has 0."""
         lengths = [0]
         for node in self.nodes[1:]:
             lengths.append(lengths[node.parent] + len(node.token_ids))
@@ -196,11 +242,21 @@ class Tree:
         return tuple(reversed(path))
 
     def completion_ids(self, index: int) -> list[int]:
-        """Every token sampled on the way to `index`, the prompt left out."""
+        """Every token on the way to `index`, sampled or answered by tools, the prompt left out."""
         return [token for node in self.path(index) for token in self.nodes[node].token_ids]
 
+    def sampled_mask(self, index: int) -> list[bool]:
+        """Of each token of [`completion_ids`], whether it was sampled."""
+        return [is_sampled for node in self.path(index) for is_sampled in self.nodes[node].sampled_mask]
+
+    def turn_ids(self, index: int) -> list[int]:
+        """The tokens at the end of [`completion_ids`] that were sampled since tools answered, if they did."""
+        ids, mask = self.completion_ids(index), self.sampled_mask(index)
+        start = next((place for place in range(len(mask), 0, -1) if not mask[place - 1]), 0)
+        return ids[start:]
+
     def completion_logprobs(self, index: int) -> list[float]:
-        """The log-probability, in nats, that each token of [`completion_ids`] was drawn with.
+        """The log-probability, in nats, that each token of [`completion_ids`] was drawn with; 0 where tools answered.
 
         Raises:
             ValueError: The backend did not report them.
@@ -221,4 +277,4 @@ class Tree:
     @property
     def num_sampled_tokens(self) -> int:
         """Number of sampled tokens, each counted once however many leaves share it."""
-        return sum(len(node.token_ids) for node in self.nodes[1:])
+        return sum(node.num_sampled for node in self.nodes[1:])

@@ -44,16 +44,18 @@ class TreeRPOConfig(GRPOConfig):
         segment_length (`int`, *optional*):
             Most tokens of a segment, at which it branches (the paper's L_step). Defaults to `max_completion_length`
             divided by `max_depth`, rounded up, if that is given, else to `128`.
-        split_rule (`str`, *optional*, defaults to `"length"`):
-            Where a tree branches:
+        split_rule (`str`, *optional*):
+            Where a tree branches. Defaults to `"turn"` if there are tools and no `segment_length`, else to `"length"`.
 
-            - `"length"`: each segment has `segment_length` tokens, as in the paper.
+            - `"length"`: each segment has `segment_length` tokens, as in the paper; with tools, a turn ends one, too.
+            - `"turn"`: with tools, a segment is a turn of the model with what tools answered. Those at depth D go on
+              with more turns until one calls no tool.
             - `"delimiter"`: a segment ends after one of `step_delimiters`, or after `segment_length` tokens. Those at
               depth D run to the end of the completion.
             - `"uncertainty"`: `num_trunks` whole responses are drawn first. Then, in each of `fork_rounds` rounds,
               each of them forks at its `forks_per_trunk` least certain tokens into `continuations_per_fork` new
               continuations to the end, beside the one it has (EPTree of TreeRL). `branching_factor`, `max_depth` and
-              `segment_length` are not used.
+              `segment_length` are not used. This and `"delimiter"` do not work with tools.
         step_delimiters (`list[str]`, *optional*, defaults to a blank line, `["\n\n"]`):
             With `split_rule="delimiter"`: texts that end a segment, if they stand in its own tokens as a whole.
         min_segment_length (`int`, *optional*, defaults to `1`):
@@ -87,6 +89,8 @@ class TreeRPOConfig(GRPOConfig):
             - `"treerl"`: sqrt(n) (2 V - V(root) - V(parent)), as TreeRL.
             - `"treepo"`: n times the mean over the node's ancestors of V - V(ancestor), as TreePO; then divided by the
               root mean square over the tokens of the batch.
+            - `"tree_grpo"`: the sum over the leaves below of their rewards, normalized as in GRPO within what hangs
+              below one child of the root, and within the tree, as Tree-GRPO; then divided likewise.
 
             Against the other trees of the batch:
 
@@ -96,9 +100,9 @@ class TreeRPOConfig(GRPOConfig):
         prune_threshold (`float` or `None`, *optional*, defaults to `0.1`):
             tau: a group is trained if and only if max - min of its values exceeds it. It is in units of the reward
             (the weighted sum of the reward functions): for rewards that do not go from 0 to 1, take about a tenth of
-            what lies between good and bad ones. `None`, or a negative number (the command line has no word for
-            `None`), keeps every group. One that no group can exceed, such as 1 for rewards in [0, 1], is an error.
-            It has no effect with estimators that compare a node with more than its siblings: they prune nothing.
+            what lies between good and bad ones. `None`, or a negative number, keeps every group. One that no group
+            can exceed, such as 1 for rewards in [0, 1], is an error. It has no effect with estimators that compare a
+            node with more than its siblings: they prune nothing.
         min_advantage (`float`, *optional*, defaults to `0.0`):
             Tokens of nodes whose advantage is smaller, in absolute value, are left out of the training forward and of
             the loss, which is still divided by the number of all. It saves time where most advantages are small, as
@@ -126,6 +130,9 @@ class TreeRPOConfig(GRPOConfig):
             `per_device_train_batch_size` is a multiple of `num_generations`, so that no tree is split.
         entropy_coef (`float`, *optional*, defaults to `0.0`):
             As in TRL, but the bonus is a mean over the trained tokens of the whole batch, not of each micro-batch.
+        replay_environments (`bool`, *optional*, defaults to `False`):
+            With an `environment_factory`: copy an environment that has no `fork()` by a fresh `reset` and the same
+            calls, rather than by `copy.deepcopy`. For environments that always answer the same to the same.
         log_trees (`bool`, *optional*, defaults to `False`):
             Whether to write the trees to `<output_dir>/trees`, as parquet files and as pages for a browser, and to
             print some in the terminal.
@@ -160,11 +167,12 @@ class TreeRPOConfig(GRPOConfig):
             "`max_depth`, rounded up, if that is given, else to 128."
         },
     )
-    split_rule: str = field(
-        default="length",
+    split_rule: str | None = field(
+        default=None,
         metadata={
-            "help": "Where a tree branches: 'length' (after `segment_length` tokens), 'delimiter' (after one of "
-            "`step_delimiters`) or 'uncertainty' (whole responses fork at their least certain tokens)."
+            "help": "Where a tree branches: 'length' (after `segment_length` tokens; the default), 'turn' (the "
+            "default with tools), 'delimiter' (after one of `step_delimiters`) or 'uncertainty' (whole responses fork "
+            "at their least certain tokens)."
         },
     )
     step_delimiters: list[str] = field(
@@ -185,38 +193,27 @@ class TreeRPOConfig(GRPOConfig):
     fork_rounds: int = field(default=1, metadata={"help": "Rounds of forks, with split_rule 'uncertainty'."})
     uncertainty_measure: str = field(
         default="surprisal",
-        metadata={
-            "help": "'surprisal' (-log p of the token drawn) or 'entropy' (of its distribution; not with vLLM)."
-        },
+        metadata={"help": "'surprisal' (-log p of the token drawn) or 'entropy' (of its distribution)."},
     )
     advantage_estimator: str = field(
         default="optimal_baseline",
         metadata={
-            "help": "How values become advantages. Against siblings: 'treerpo' (the paper's eq. 4), 'bernoulli_std' "
-            "(these need rewards in [0, 1]), 'group_std' (GRPO), 'centered' (Dr. GRPO) or 'leave_one_out' (RLOO). "
-            "Against the tree: 'parent' (SPO-tree), 'tree_mean', 'treerl' or 'treepo'. Against the other trees of the "
-            "batch: 'optimal_baseline' (least noise in the gradient; for small trees, many prompts a batch)."
+            "help": "How values become advantages. Against siblings: 'treerpo' (the paper's eq. 4), 'bernoulli_std', "
+            "'group_std' (GRPO), 'centered' (Dr. GRPO) or 'leave_one_out' (RLOO). Against the tree: 'parent' "
+            "(SPO-tree), 'tree_mean', 'treerl', 'treepo' or 'tree_grpo'. Against other trees: 'optimal_baseline'."
         },
     )
     prune_threshold: float | None = field(
         default=0.1,
-        metadata={
-            "help": "A group of siblings is trained if and only if max - min of its values exceeds this, in units of "
-            "the reward. A negative number keeps every group. No effect with estimators that compare with more than "
-            "siblings."
-        },
+        metadata={"help": "A group of siblings is trained if max - min of its values exceeds this. Negative: always."},
     )
     min_advantage: float = field(
         default=0.0,
-        metadata={
-            "help": "Tokens of nodes whose advantage is smaller, in absolute value, are neither computed nor trained."
-        },
+        metadata={"help": "Tokens of nodes whose advantage is smaller, in absolute value, are not trained."},
     )
     loss_weighting: str = field(
         default="token",
-        metadata={
-            "help": "'token': mean over all kept tokens. 'node': mean over kept nodes of the mean over their tokens."
-        },
+        metadata={"help": "'token': mean over all kept tokens. 'node': mean over kept nodes of their tokens' mean."},
     )
     max_frontier_rows: int = field(
         default=256,
@@ -240,12 +237,13 @@ class TreeRPOConfig(GRPOConfig):
             "than a segment."
         },
     )
+    replay_environments: bool = field(
+        default=False,
+        metadata={"help": "Copy an environment by a fresh reset and the same calls, rather than by copy.deepcopy."},
+    )
     log_trees: bool = field(
         default=False,
-        metadata={
-            "help": "Whether to write the trees to `<output_dir>/trees`, as parquet files and as pages for a browser, "
-            "and to print some in the terminal."
-        },
+        metadata={"help": "Whether to write the trees to `<output_dir>/trees`, and to print some in the terminal."},
     )
     log_trees_steps: int | None = field(
         default=None, metadata={"help": "Every how many optimizer steps. Defaults to `logging_steps`."}
@@ -253,7 +251,6 @@ class TreeRPOConfig(GRPOConfig):
     num_trees_to_print: int = field(
         default=1, metadata={"help": "Number of trees to print, those with most nodes that are trained."}
     )
-
     vllm_importance_sampling_mode: str = field(
         default="token_mask",
         metadata={
@@ -264,6 +261,7 @@ class TreeRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         check_options(self)
+        self._leaves_split_rule_open = self.split_rule is None and self.segment_length is None
         derive_tree(self)
         self.prefix_sharing = AS_FLAG.get(str(self.prefix_sharing).lower(), self.prefix_sharing)
         refuse_unsupported(self)

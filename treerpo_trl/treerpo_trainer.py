@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,23 +11,20 @@ from accelerate.utils import gather, gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl.extras.profiling import profiling_context
-from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id, print_prompt_completions_sample
 
 from .adapters import check_adapter, check_quantization, prepare_adapter
 from .callbacks import TreeLoggingCallback
-from .checks.generation_options import check_generation_options, options_on_trees
-from .credit import ESTIMATORS, ScoredTree, assign_batch
-from .growth import grow, shape_of, statistics_of
-from .growth.backends import TransformersBackend, VLLMBackend, find_context_length
+from .checks.generation_options import check_generation_options
+from .credit import ScoredTree, assign_batch
+from .growth import shape_of
+from .growth.backends import find_context_length
 from .metrics import Metrics, pool, step_metrics, tree_metrics
 from .model_card import PAPER, write_model_card
 from .numerics import GradientGuard
 from .prefix_sharing import PrefixSharing
 from .reporting.starvation import StarvationWatch
-from .resuming import ResumableGRPOTrainer
 from .rows import (
     credit_tokens,
     entropy_of_the_batch,
@@ -37,22 +34,23 @@ from .rows import (
     row_means,
     shuffle_micro_batches,
 )
+from .sampling import TreeSamplingTrainer
 from .scoring import DistinctRows, RowRewards, check_rewards, score_once
 from .timing import PhaseTimer, timed
-from .tree import Tree
+from .tool_use import ToolUse
 from .treerpo_config import TreeRPOConfig
 from .validation import (
     check_arguments,
     check_dataset,
     check_engine,
     check_processing_class,
-    check_prompt_lengths,
     check_prompts,
+    settle_split_rule,
 )
 from .views.console import completions_visible
 
 
-class TreeRPOTrainer(ResumableGRPOTrainer):
+class TreeRPOTrainer(TreeSamplingTrainer):
     """
     Trainer for Tree Relative Policy Optimization (TreeRPO), introduced in [TreeRPO: Tree Relative Policy
     Optimization](https://huggingface.co/papers/2506.05183).
@@ -89,10 +87,13 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
         optimizers, quantization_config, peft_config:
             As for [`~trl.GRPOTrainer`].
+        tools, environment_factory:
+            As for [`~trl.GRPOTrainer`]: a node of a tree is then a turn of the model with what its tools answered,
+            and each branch has an environment of its own. Images are not supported.
         args ([`TreeRPOConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
-        tools, rollout_func, environment_factory:
-            Refused: a tree cannot branch through them yet.
+        rollout_func:
+            Refused: what it samples is no tree.
 
     Attributes:
         last_trees (`list[ScoredTree]`): This process's trees of the newest generation batch, with their rewards,
@@ -127,8 +128,10 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TreeRPOConfig(f"{model_name.split('/')[-1]}-TreeRPO")
+        has_tools = bool(tools or environment_factory)
         check_arguments(args, processing_class, tools, rollout_func, environment_factory)
-        check_dataset(train_dataset, eval_dataset, args, reward_funcs)
+        has_environments = environment_factory is not None
+        check_dataset(train_dataset, eval_dataset, args, reward_funcs, has_tools, has_environments)
         check_quantization(model, quantization_config, peft_config, args.model_init_kwargs)
         check_adapter(model, peft_config, args.beta)
         super().__init__(
@@ -143,16 +146,21 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            tools=tools,
+            environment_factory=environment_factory,
         )
         prepare_adapter(self.model, args.beta)
         check_engine(self.accelerator)
         check_processing_class(self.processing_class, train_dataset, eval_dataset)
-        check_generation_options(args, self.model.generation_config, self.eos_token_ids)
+        self._tool_use = ToolUse(self, args.replay_environments) if has_tools else None
+        has_tools = bool(self.tools)  # an environment may have none
+        settle_split_rule(args, has_tools)
+        check_generation_options(args, self.model.generation_config, self.eos_token_ids, has_tools)
         config: Any = args  # whose optional fields are all resolved
-        self.tree_shape = shape_of(config)
+        self.tree_shape = shape_of(config, has_tools)
         self.last_trees: list[ScoredTree] = []
-        self._trees: list[Tree] = []
-        self._can_fork_caches: bool | None = None  # not known yet
+        self._trees = []
+        self._can_fork_caches = None  # not known yet
         self._rewards = RowRewards([], [], {})
         self._phase_timer = PhaseTimer(self.accelerator.device)
         self._gradient_guard = GradientGuard(self.accelerator)
@@ -170,82 +178,9 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         if args.log_trees:
             self.add_callback(TreeLoggingCallback(self, args.log_trees_steps, args.num_trees_to_print))
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if has_environments:
+                break  # what it says when it is reset belongs to the prompt
             check_prompts(name, dataset, self._tokenize_prompts, self._max_prompt_length, config.max_completion_length)
-
-    @timed("sampling")
-    def _generate_single_turn(
-        self,
-        prompt_ids: list[list[int]],
-        images: Any,
-        multimodal_fields: dict[str, Any],
-        num_generations: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Grow one tree per distinct prompt, and return one completion per row."""
-        if not self.model.training:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
-            )
-        # TRL repeats each prompt num_generations times; distinct ones are told by position, as prompts may be equal.
-        prompts = prompt_ids[::num_generations]
-        check_prompt_lengths(prompts, self._max_prompt_length, self.max_completion_length)
-        self._trees = self._grow_with_vllm(prompts) if self.use_vllm else self._grow(prompts)
-        rows = [(tree, leaf) for tree in self._trees for leaf in self.tree_shape.slots(tree)]
-        completion_ids = [tree.completion_ids(leaf) for tree, leaf in rows]
-        return completion_ids, [tree.completion_logprobs(leaf) for tree, leaf in rows] if self.use_vllm else None
-
-    def _grow(self, prompts: list[list[int]]) -> list[Tree]:
-        with (
-            self._generating() as model,
-            options_on_trees(model, self.generation_config, self.args.split_rule) as options,
-        ):
-            backend = TransformersBackend(
-                model=model,
-                generation_config=options,
-                eos_token_ids=self.eos_token_ids,
-                pad_token_id=self._tokenizer.pad_token_id,
-                max_rows=self.args.max_frontier_rows,
-                tokenizer=self._tokenizer,
-                fork_caches=self._can_fork_caches,
-                synced_gpus=self._must_sync_generation,
-                statistics=statistics_of(self.args, ESTIMATORS[self.args.advantage_estimator].of_forest is not None),
-            )
-            trees = grow(prompts, self.tree_shape, backend)
-            self._can_fork_caches = backend.fork_caches
-        return trees
-
-    def _grow_with_vllm(self, prompts: list[list[int]]) -> list[Tree]:
-        if self.state.global_step != self._last_loaded_step:
-            with profiling_context(self, "sync_weights"):
-                self.vllm_generation.sync_weights()
-            self._last_loaded_step = self.state.global_step
-        backend = VLLMBackend(
-            self.vllm_generation,
-            eos_token_ids=self.eos_token_ids,
-            tokenizer=self._tokenizer,
-            profile=lambda: profiling_context(self, "vLLM.generate"),
-            context_length=self._engine_context,
-        )
-        with backend.awake():
-            return grow(prompts, self.tree_shape, backend)
-
-    @contextmanager
-    def _generating(self) -> Iterator[PreTrainedModel]:
-        """The model as TRL hands it to `generate`, whatever engine it is wrapped in."""
-        with (
-            profiling_context(self, "transformers.generate"),
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=self.generation_kwargs,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            torch.no_grad(),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
-            yield model
 
     @timed("rewards")
     def _calculate_rewards(
@@ -254,7 +189,8 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         """Score each distinct trajectory once, and keep this process's rewards for the back-up."""
         if not self.model.training:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        rows = DistinctRows.of(completion_ids_list, self.num_generations)
+        states = None if self._tool_use is None else self.environments
+        rows = DistinctRows.of(completion_ids_list, self.num_generations, states)
         reward_funcs = self.reward_funcs
         self.reward_funcs = [score_once(reward_func, rows) for reward_func in reward_funcs]
         try:
@@ -270,9 +206,10 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
     @timed("batch")
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Replace the group-relative advantages of the rows by those of the trees' nodes."""
-        output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
-            return output
+            return super()._generate_and_score_completions(inputs)
+        with nullcontext() if self._tool_use is None else self._tool_use.batch(inputs):
+            output = super()._generate_and_score_completions(inputs)
         trees = self.last_trees = self._assign_credit()
         device, completion_mask = output["completion_ids"].device, output["completion_mask"]
         layout = lay_out(
@@ -293,6 +230,8 @@ class TreeRPOTrainer(ResumableGRPOTrainer):
         whole_weight, trained_weight = self.accelerator.gather(sums[None]).sum(dim=0)
         rewards, trained = self._rewards, int((loss_mask > 0).sum())
         metrics = tree_metrics(trees, self.tree_shape, rewards.distinct, rewards.by_func, trained)
+        if self._tool_use is not None and self._tool_use.has_tools:
+            metrics |= self._tool_use.metrics
         self._starvation_watch.check(self._log_pooled(metrics), trained_weight)
         return {
             **output,

@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 from trl.data_utils import is_conversational
 from trl.import_utils import is_vllm_available
 
+from .checks.generation_options import check_generation_kwargs
 from .checks.reward_functions import check_reward_columns, check_reward_funcs
 from .treerpo_config import TreeRPOConfig
 
@@ -22,31 +23,64 @@ TEMPLATE_MARGIN = 512
 USED_COLUMNS = ("prompt", *IMAGE_COLUMNS)
 
 
-def check_arguments(args: Any, processing_class: Any, tools: Any, rollout_func: Any, environment_factory: Any) -> None:
-    """Refuse arguments of GRPOTrainer that a tree cannot use.
+def check_arguments(
+    args: Any, processing_class: Any, tools: Any = None, rollout_func: Any = None, environment_factory: Any = None
+) -> None:
+    """Refuse arguments of GRPOTrainer that a tree cannot use, and those that do not go together.
 
     Raises:
         TypeError: `args` is not a TreeRPOConfig.
-        ValueError: Tools, an environment, a rollout function or a multimodal processor is given.
+        ValueError: A rollout function or a multimodal processor is given, or the split rule does not fit the tools.
         ImportError: vLLM is to sample, but is not installed.
     """
     if not isinstance(args, TreeRPOConfig):
         raise TypeError(
             f"args is a {type(args).__name__}, but TreeRPOTrainer needs a TreeRPOConfig; it takes the same parameters"
         )
-    refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
-    for name, value in refused.items():
-        if value:
-            raise ValueError(
-                f"{name}={value!r} is not supported by TreeRPOTrainer: a tree branches in the middle of a completion, "
-                f"which a tool call or an environment cannot follow yet. Remove {name}, or use trl.GRPOTrainer"
-            )
+    if rollout_func:
+        raise ValueError(
+            f"rollout_func={rollout_func!r} is not supported by TreeRPOTrainer: it samples whole completions by "
+            "itself, of which no tree can be made. Pass what it does as tools or environment_factory, or use "
+            "trl.GRPOTrainer"
+        )
+    _check_turns(args, bool(tools or environment_factory), bool(environment_factory))
     check_processing_class(processing_class)
     if args.use_vllm and not is_vllm_available():
         raise ImportError(
             'use_vllm=True needs vLLM, which is not installed: pip install "treerpo-trl[vllm]" (into an environment '
             "of its own, as vLLM needs certain versions of torch and transformers), or leave use_vllm out"
         )
+
+
+def _check_turns(args: TreeRPOConfig, has_tools: bool, has_environments: bool) -> None:
+    if has_tools and args.split_rule not in ("turn", "length"):
+        raise ValueError(
+            f"split_rule='{args.split_rule}' does not work with tools, whose calls it would cut. Use 'turn', which is "
+            "the default with tools, or 'length', with which turns end segments, too"
+        )
+    if not has_tools and args.split_rule == "turn":
+        raise ValueError(
+            "split_rule='turn' is for models that call tools, but neither tools nor environment_factory is given; "
+            "pass them, or use split_rule='length'"
+        )
+    if args.replay_environments and not has_environments:
+        raise ValueError(
+            "replay_environments=True has no effect without environment_factory; pass one, or remove the option"
+        )
+
+
+def settle_split_rule(args: TreeRPOConfig, has_tools: bool) -> None:
+    """With tools, segments end with turns if the configuration leaves it open.
+
+    Raises:
+        ValueError: An environment has no tools, but turns are to end segments; or an option counts tokens of segments.
+    """
+    if has_tools and args._leaves_split_rule_open:
+        args.split_rule = "turn"
+    if has_tools:
+        check_generation_kwargs(args, has_tools)
+    elif args.split_rule == "turn":
+        raise ValueError("split_rule='turn' is for models that call tools, but the environment has none; remove it")
 
 
 def check_processing_class(processing_class: Any, *datasets: Any) -> None:
@@ -94,17 +128,26 @@ def check_engine(accelerator: Any) -> None:
             raise ValueError(f"the launch asked for {engine}, but accelerate runs {actual.value} instead. {on_cpu}")
 
 
-def check_dataset(dataset: Any, eval_dataset: Any, args: TreeRPOConfig, reward_funcs: Any) -> None:
+def check_dataset(
+    dataset: Any,
+    eval_dataset: Any,
+    args: TreeRPOConfig,
+    reward_funcs: Any,
+    has_tools: bool = False,
+    has_environments: bool = False,
+) -> None:
     """Refuse training data that would train nothing, or that trees cannot use, and rewards that do not fit the data.
 
-    Of a stream, the first rows are read.
+    Of a stream, the first rows are read. Prompts may be left to environments, and must be chat messages with tools.
 
     Raises:
         ValueError: The dataset is missing, has too few rows, no `prompt` column, or images; or the columns of it, or
-            of the evaluation data, are not what a reward function takes.
+            of the evaluation data, are not what a reward function takes; or texts are to call tools.
         TypeError, ImportError: What is given is no reward function, or lacks its package.
     """
     check_reward_funcs(reward_funcs)
+    if dataset is None and has_environments:
+        return  # TRL says what this needs
     if dataset is None:
         raise ValueError("train_dataset is None; pass a dataset with a 'prompt' column")
     if not isinstance(dataset, Dataset | IterableDataset):
@@ -118,7 +161,8 @@ def check_dataset(dataset: Any, eval_dataset: Any, args: TreeRPOConfig, reward_f
             "per_device_train_batch_size, steps_per_generation or tree"
         )
     columns = list(rows[0])
-    _check_has_prompts("train_dataset", columns)
+    if not has_environments:
+        _check_has_prompts("train_dataset", columns)
     for name in IMAGE_COLUMNS:
         if name in columns:
             raise ValueError(
@@ -126,11 +170,17 @@ def check_dataset(dataset: Any, eval_dataset: Any, args: TreeRPOConfig, reward_f
             )
     if isinstance(rows, list):
         for index, row in enumerate(rows):
-            _check_prompt(f"train_dataset[{index}]['prompt']", row["prompt"])
-    _check_reward_columns("train_dataset", columns, args, reward_funcs)
+            if "prompt" in row:
+                _check_prompt(f"train_dataset[{index}]['prompt']", row["prompt"])
+    if has_tools and isinstance(rows[0].get("prompt", []), str):
+        raise ValueError(
+            f"the prompts are texts, such as {rows[0]['prompt'][:60]!r}, but a model calls tools in a chat: make them "
+            "lists of messages, such as [{'role': 'user', 'content': ...}]"
+        )
+    _check_reward_columns("train_dataset", columns, args, reward_funcs, has_environments)
     for name, part in _parts("eval_dataset", eval_dataset).items():
         if "prompt" in (columns := _columns_of(part)):  # if not, `check_prompts` says so
-            _check_reward_columns(name, columns, args, reward_funcs)
+            _check_reward_columns(name, columns, args, reward_funcs, has_environments)
 
 
 def check_prompts(
@@ -169,10 +219,12 @@ def check_prompts(
             check_prompt_lengths(tokenize([prompt])[0], max_prompt_length, max_completion_length)
 
 
-def _check_reward_columns(name: str, columns: Sequence[str], args: TreeRPOConfig, reward_funcs: Any) -> None:
+def _check_reward_columns(
+    name: str, columns: Sequence[str], args: TreeRPOConfig, reward_funcs: Any, has_environments: bool
+) -> None:
     if args.remove_unused_columns:
         name, columns = f"{name}, by remove_unused_columns=True,", [key for key in columns if key in USED_COLUMNS]
-    check_reward_columns(reward_funcs, name, columns)
+    check_reward_columns(reward_funcs, name, columns, has_environments)
 
 
 def _check_chat_template(processing_class: Any, dataset: Any) -> None:

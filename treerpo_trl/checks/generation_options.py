@@ -34,11 +34,12 @@ from .generation_tables import (
 )
 
 
-def check_generation_kwargs(config: Any) -> None:
+def check_generation_kwargs(config: Any, has_tools: bool = False) -> None:
     """Check the generation options of a configuration.
 
     Args:
         config: A TreeRPOConfig, whose generation_kwargs is a dict or None.
+        has_tools: Whether turns end segments.
 
     Raises:
         ValueError: One of them is the tree's to set, or does not work on trees; the message says what to do instead.
@@ -47,7 +48,7 @@ def check_generation_kwargs(config: Any) -> None:
         UserWarning: GenerationConfig does not know one of them, so it is without effect.
     """
     kwargs = config.generation_kwargs or {}
-    refused = TREE_SETS | _refused(config.split_rule)
+    refused = TREE_SETS | _refused("turn" if has_tools else config.split_rule)
     if config.use_vllm:
         is_server = config.vllm_mode == "server"
         refused = VLLM_TREE_SETS | VLLM_REFUSED | (SERVER_REFUSED if is_server else {})
@@ -64,13 +65,16 @@ def check_generation_kwargs(config: Any) -> None:
         raise ValueError(f"temperature is {temperature}, so all siblings would be the same; use a positive value")
 
 
-def check_generation_options(config: Any, own: GenerationConfig, eos_token_ids: Sequence[int]) -> None:
+def check_generation_options(
+    config: Any, own: GenerationConfig, eos_token_ids: Sequence[int], has_tools: bool = False
+) -> None:
     """Check the options that come with a model, and those of a configuration that must fit the model.
 
     Args:
         config: A TreeRPOConfig.
         own: The model's own generation config, from which come the options that a configuration leaves open.
         eos_token_ids: Every token that ends a completion.
+        has_tools: Whether turns end segments.
 
     Raises:
         ValueError: A call would end at tokens that end no completion, or evaluation would fail.
@@ -83,9 +87,8 @@ def check_generation_options(config: Any, own: GenerationConfig, eos_token_ids: 
         penalties = ("presence_penalty", "frequency_penalty") if config.vllm_mode == "server" else ()
         _warn_of_own({name: getattr(own, name, None) for name in penalties if name not in kwargs}, VLLM_REFUSED)
         return
-    _warn_of_own(
-        {name: value for name, value in vars(own).items() if kwargs.get(name) is None}, _refused(config.split_rule)
-    )
+    open_options = {name: value for name, value in vars(own).items() if kwargs.get(name) is None}
+    _warn_of_own(open_options, _refused("turn" if has_tools else config.split_rule))
     ends = kwargs.get("eos_token_id") or []
     unknown = set([ends] if isinstance(ends, int) else ends) - set(eos_token_ids)
     if unknown:

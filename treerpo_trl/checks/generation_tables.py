@@ -76,7 +76,7 @@ REFUSED = {
 # Beside these, where segments end anywhere, so that rows of different lengths are decoded together.
 _OWN_LENGTH = Reason(
     "it counts tokens, and rows that continue segments of any length are decoded together",
-    "remove it, or set split_rule='length'",
+    "remove it, or set split_rule='length' (without tools)",
 )
 UNEVEN_REFUSED = {
     "min_new_tokens": _OWN_LENGTH._replace(harmless=(0,)),

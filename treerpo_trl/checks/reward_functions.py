@@ -53,25 +53,29 @@ def check_reward_funcs(reward_funcs: Any) -> None:
             )
 
 
-def check_reward_columns(reward_funcs: Any, dataset: str, columns: Sequence[str]) -> None:
+def check_reward_columns(
+    reward_funcs: Any, dataset: str, columns: Sequence[str], has_environments: bool = False
+) -> None:
     """Refuse reward functions that TRL's call would not fit: with keywords only, every column among them.
 
     Args:
         reward_funcs: As the trainer takes them.
         dataset: What to call the dataset in an error.
         columns: Its columns, as far as TRL keeps them.
+        has_environments: Whether each row has an environment, which reward functions are given.
 
     Raises:
         ValueError: A function lacks a parameter, or has one too many, or a column has the name of an argument.
     """
     called = [func for func in _as_list(reward_funcs) if callable(func) and not isinstance(func, nn.Module)]
-    clashing = [name for name in columns if name in REWARD_ARGUMENTS and name not in KEPT_COLUMNS]
+    own = (*REWARD_ARGUMENTS, "environments") if has_environments else REWARD_ARGUMENTS
+    clashing = [name for name in columns if name in own and name not in KEPT_COLUMNS]
     if called and clashing:
         raise ValueError(
             f"{dataset} has the column '{clashing[0]}', which is the name of an argument that TRL calls reward "
             "functions with; rename the column"
         )
-    given = [*REWARD_ARGUMENTS, *(name for name in columns if name not in KEPT_COLUMNS)]
+    given = [*own, *(name for name in columns if name not in KEPT_COLUMNS)]
     for reward_func in called:
         _check_call(reward_func, given, dataset, columns)
 

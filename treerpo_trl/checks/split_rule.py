@@ -10,7 +10,7 @@ from ..credit import ESTIMATORS
 from .options import refusal
 
 
-SPLIT_RULES = ("length", "delimiter", "uncertainty")
+SPLIT_RULES = ("length", "delimiter", "uncertainty", "turn")
 # Options of one rule, with their defaults: set to anything else they would be silently without effect elsewhere.
 DELIMITER_OPTIONS: dict[str, Any] = {"step_delimiters": ["\n\n"]}
 FORK_OPTIONS: dict[str, Any] = {
@@ -38,17 +38,21 @@ def check_split_rule(config: Any) -> None:
     """
     if isinstance(config.step_delimiters, str):
         config.step_delimiters = [config.step_delimiters]
+    if config.split_rule is None:
+        config.split_rule = "length"
     rule = config.split_rule
     if rule not in SPLIT_RULES:  # before options of the rule that is meant are told to be without effect
         raise ValueError(refusal("split_rule", rule, SPLIT_RULES, "choose one of these"))
     _refuse(config, {} if rule == "delimiter" else DELIMITER_OPTIONS, "'delimiter'")
     _refuse(config, {} if rule == "uncertainty" else FORK_OPTIONS, "'uncertainty'")
-    _refuse(config, {"min_segment_length": 1} if rule == "length" else {}, "'delimiter' or 'uncertainty'")
+    _refuse(config, {"min_segment_length": 1} if rule in ("length", "turn") else {}, "'delimiter' or 'uncertainty'")
     if config.min_segment_length < 1:
         raise ValueError(f"min_segment_length is {config.min_segment_length}; a segment has at least one token")
     if rule == "delimiter":
         _check_delimiters(config.step_delimiters)
         config.step_delimiters = list(config.step_delimiters)
+    if rule == "turn":
+        _refuse(config, {"segment_length": None}, "'length', with which turns end segments, too")
     if rule == "uncertainty":
         _refuse(config, DEPTH_OPTIONS, "'length' or 'delimiter'")
         config.branching_factor = DEPTH_OPTIONS["branching_factor"]

@@ -140,7 +140,7 @@ def _derive_lengths(config: Any, depth: int) -> None:
     most = depth * config.segment_length
     if config.max_completion_length is None:
         config.max_completion_length = most
-    if config.split_rule == "delimiter":  # whose last segments run on
+    if config.split_rule in ("delimiter", "turn"):  # whose last segments run on
         check_completion_length(config.max_completion_length)
         return
     if not most - config.segment_length < config.max_completion_length <= most:

@@ -98,7 +98,7 @@ class ValuedTree:
         cls, tree: Tree, rewards: Mapping[int, float | None], rows_below: Callable[[Tree], Sequence[int]] | None = None
     ) -> ValuedTree:
         """Values of a tree whose leaves have these rewards; `rows_below` gives the rows of its nodes, by default 1."""
-        num_tokens = (0, *(len(node.token_ids) for node in tree.nodes[1:]))
+        num_tokens = (0, *(node.num_sampled for node in tree.nodes[1:]))
         norms = tuple(
             float(length) if node.score_norm is None else node.score_norm
             for node, length in zip(tree.nodes, num_tokens, strict=True)

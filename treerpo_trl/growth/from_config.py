@@ -6,11 +6,12 @@ from typing import Any
 
 from .forks import ForkShape
 from .shape import TreeShape
+from .turns import TurnShape
 from .waves import Delimiters, Shape
 
 
-def shape_of(config: Any) -> Shape:
-    """The shape of the trees of a TreeRPOConfig, whose optional fields are resolved."""
+def shape_of(config: Any, has_tools: bool = False) -> Shape:
+    """The shape of a TreeRPOConfig's trees, whose optional fields are resolved; with tools, turns end segments."""
     if config.split_rule == "uncertainty":
         return ForkShape(
             config.num_trunks,
@@ -20,6 +21,10 @@ def shape_of(config: Any) -> Shape:
             config.min_segment_length,
             config.max_completion_length,
         )
+    if has_tools:
+        most = config.max_completion_length
+        length = most if config.split_rule == "turn" else config.segment_length
+        return TurnShape(tuple(config.branching_factor), length, most)
     delimiters = None
     if config.split_rule == "delimiter":
         delimiters = Delimiters(tuple(config.step_delimiters), config.min_segment_length)

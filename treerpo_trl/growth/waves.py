@@ -32,6 +32,7 @@ class Wave:
         max_tokens: Most tokens of each child of a branch, for each branch.
         is_last: Whether the children run to the end of the completion.
         delimiters: What ends a child before its length limit; `None` for nothing.
+        extends: Whether the branches are leaves that go on: what is drawn becomes a part of them, and no child.
     """
 
     branches: tuple[tuple[int, int], ...]
@@ -39,6 +40,7 @@ class Wave:
     max_tokens: tuple[int, ...]
     is_last: bool
     delimiters: Delimiters | None = None
+    extends: bool = False
 
 
 class Shape(Protocol):
@@ -85,16 +87,32 @@ class Backend(Protocol):
         ...
 
 
-def grow(prompts: Sequence[Sequence[int]], shape: Shape, backend: Backend) -> list[Tree]:
+class Responder(Protocol):
+    """Says something to what the model wrote: tools, with their results."""
+
+    def goes_on(self, wave: Wave) -> bool:
+        """Whether a wave is drawn. All processes say the same."""
+        ...
+
+    def answer(self, trees: Sequence[Tree], wave: Wave, segments: Sequence[Sequence[Segment]]) -> list[list[Segment]]:
+        """The wave's segments, with what was said to those that asked for something."""
+        ...
+
+
+def grow(
+    prompts: Sequence[Sequence[int]], shape: Shape, backend: Backend, responder: Responder | None = None
+) -> list[Tree]:
     """Grow one tree per prompt.
 
     The backend is asked once a wave whatever happens, with an empty wave once every path has ended: processes that
-    share a sharded model must make the same calls.
+    share a sharded model must make the same calls. With a responder, who decides how many waves there are, growth ends
+    when all processes have no branches left.
 
     Args:
         prompts: Token ids of each prompt.
         shape: When to branch.
         backend: What draws the segments.
+        responder: Who answers to segments; those that have an answer go on.
 
     Returns:
         One tree per prompt, in order.
@@ -102,9 +120,32 @@ def grow(prompts: Sequence[Sequence[int]], shape: Shape, backend: Backend) -> li
     trees = [Tree.from_prompt(prompt) for prompt in prompts]
     for index in range(shape.num_waves):
         trees, wave = shape.plan(trees, index)
+        if not (responder.goes_on(wave) if responder is not None else wave.branches or not wave.extends):
+            break
         segments = backend.extend(trees, wave)
+        if responder is not None:
+            segments = responder.answer(trees, wave, segments)
         children: list[dict[int, list[Segment]]] = [{} for _ in trees]
         for (tree_index, node_index), group in zip(wave.branches, segments, strict=True):
             children[tree_index][node_index] = group
-        trees = [tree.grow(group) for tree, group in zip(trees, children, strict=True)]
+        if wave.extends:
+            trees = [
+                tree.extend({leaf: segment for leaf, (segment,) in group.items()})
+                for tree, group in zip(trees, children, strict=True)
+            ]
+        else:
+            trees = [tree.grow(group) for tree, group in zip(trees, children, strict=True)]
     return trees
+
+
+def drawn_nodes(trees: Sequence[Tree], wave: Wave) -> list[list[tuple[int, int]]]:
+    """For each branch, (index of the tree, index of the node) that each of its segments will have in [`grow`]."""
+    if wave.extends:
+        return [[branch] for branch in wave.branches]
+    next_index = [len(tree.nodes) for tree in trees]
+    places = []
+    for tree_index, _ in wave.branches:
+        start = next_index[tree_index]
+        next_index[tree_index] += wave.num_children
+        places.append([(tree_index, node) for node in range(start, start + wave.num_children)])
+    return places

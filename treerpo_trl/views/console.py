@@ -13,7 +13,7 @@ from rich.tree import Tree as RichTree
 
 from ..credit import ScoredTree
 from ..tree import ROOT
-from .text import Tokenizer, decode, leaf_answer, visible, visible_texts
+from .text import Tokenizer, decode, leaf_answer, pieces, visible, visible_texts
 
 
 def print_tree(scored: ScoredTree, tokenizer: Tokenizer, console: Console | None = None) -> None:
@@ -67,7 +67,7 @@ def _add_children(branch: RichTree, scored: ScoredTree, node: int, label: Callab
 
 def _label(scored: ScoredTree, node: int, tokenizer: Tokenizer) -> Text:
     label = Text.assemble(
-        _value(scored, node), "  ", (_origin(scored, node), "italic"), _text(scored, node, tokenizer)
+        _value(scored, node), "  ", (_origin(scored, node), "italic"), *_texts(scored, node, tokenizer)
     )
     if scored.kept[node]:
         label.append(f"  A={scored.advantages[node]:+.2f}", style="bold")
@@ -106,3 +106,9 @@ def _length(scored: ScoredTree, node: int) -> str:
 
 def _text(scored: ScoredTree, node: int, tokenizer: Tokenizer) -> str:
     return visible(decode(tokenizer, scored.tree.nodes[node].token_ids))
+
+
+def _texts(scored: ScoredTree, node: int, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """What the model wrote and what tools answered, with a style each."""
+    texts = map(visible, pieces(tokenizer, scored.tree.nodes[node]))
+    return [(text, "cyan italic" if index % 2 else "") for index, text in enumerate(texts)]

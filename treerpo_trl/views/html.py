@@ -19,7 +19,7 @@ from .text import visible
 SCRIPTS = ("tree.js", "outline.js", "icicle.js", "page.js")
 # What the page shows of a node; token ids stay in the parquet file.
 SHOWN_COLUMNS = ("parent", "depth", "text", "ended", "truncated", "value", "group_mean", "advantage", "kept", "reward",
-                 "answer", "rows", "is_rest")  # fmt: skip
+                 "answer", "rows", "is_rest", "pieces")  # fmt: skip
 MOST_TREES = 16  # of a page: a tree of 584 nodes and 384-token steps takes about a megabyte
 LINKS = re.compile(r"<!--links-->.*?<!--/links-->", re.DOTALL)
 

@@ -18,7 +18,7 @@ from ..growth import Shape
 from ..tree import ROOT
 from .files import replacing
 from .summary import Record, Summary, by_tree, summarise
-from .text import Tokenizer, decode, leaf_answer
+from .text import Tokenizer, decode, leaf_answer, pieces
 
 
 # One row per node, the prompt (the root, node 0) included.
@@ -47,8 +47,13 @@ TREE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     ),
     "score_norm": (pa.float64(), "squared norm of the score, summed over the tokens; null if it was not measured"),
     "is_rest": (pa.bool_(), "whether a fork cut the node from its parent: the two were drawn as one segment"),
+    "sampled": (pa.list_(pa.bool_()), "whether each token was sampled, or answered by tools; null if all were"),
+    "pieces": (
+        pa.list_(pa.string()),
+        "the text in turns: what the model wrote, what tools answered, what it wrote then, ...; null if none answered",
+    ),
 }
-ADDED_LATER = ("score_norm", "is_rest")  # null in files that lack them
+ADDED_LATER = ("score_norm", "is_rest", "sampled", "pieces")  # null in files that lack them
 SCHEMA = pa.schema([(name, data_type) for name, (data_type, _) in TREE_COLUMNS.items()])
 SUMMARY_KEY = b"treerpo_trl.summary"
 
@@ -109,6 +114,8 @@ def _node_records(scored: ScoredTree, tokenizer: Tokenizer, shape: Shape) -> lis
                 "rows": rows[index],
                 "score_norm": node.score_norm,
                 "is_rest": node.is_rest,
+                "sampled": None if node.sampled is None else list(node.sampled),
+                "pieces": None if node.sampled is None else pieces(tokenizer, node),
             }
         )
     return records

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any, Protocol
 
-from ..tree import Tree
+from ..tree import Node, Tree
 
 
 BOXED = re.compile(r"\\boxed\s*\{")
@@ -33,6 +33,18 @@ def decode(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: 
     text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
     # Half a surrogate pair, which some tokenizers make of half a character, cannot be written as UTF-8.
     return text.encode(errors="replace").decode()
+
+
+def pieces(tokenizer: Tokenizer, node: Node) -> list[str]:
+    """The text of a node in pieces: what the model wrote, what tools answered, what it wrote after that, and so on."""
+    runs: list[list[int]] = []
+    previous = False
+    for token, is_sampled in zip(node.token_ids, node.sampled_mask, strict=True):
+        if is_sampled != previous:
+            runs.append([])
+        runs[-1].append(token)
+        previous = is_sampled
+    return [decode(tokenizer, run) for run in runs]
 
 
 def visible(text: str, keep: str = "") -> str:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ...tree import Segment, Tree
-from ..waves import Wave
+from ..waves import Wave, drawn_nodes
 from .caches import check_forkable, fork, put_row_state, take_row_state
 from .endings import Endings
 from .options import options_of_segment
@@ -118,7 +118,7 @@ class TransformersBackend:
             self._keep_pace(-(-len(unknown) // self.max_rows))
         for start in range(0, len(unknown), self.max_rows):
             self._prefill(trees, unknown[start : start + self.max_rows])
-        first_child = _first_children(trees, branches, num_children)
+        drawn_as = dict(zip(branches, drawn_nodes(trees, wave), strict=True))
         parents_by_block: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for branch in branches:
             parents_by_block[id(self._places[branch][0])].append(branch)
@@ -135,7 +135,7 @@ class TransformersBackend:
                 alive = 0
                 for parent, segment in zip(chunk, drawn, strict=True):
                     if block is not None and not segment.ended:
-                        places[parent[0], first_child[parent] + len(segments[parent])] = (block, alive)
+                        places[drawn_as[parent][len(segments[parent])]] = (block, alive)
                         alive += 1
                     segments[parent].append(segment)
             for parent in parents:  # frees the block, which no other parent is in
@@ -266,15 +266,3 @@ def _explain_nan() -> Iterator[None]:
             "comes of them in this precision, are inf or NaN. Go on from an earlier checkpoint, lower the learning "
             "rate, or use a dtype of more range"
         ) from error
-
-
-def _first_children(
-    trees: Sequence[Tree], branches: Sequence[tuple[int, int]], num_children: int
-) -> dict[tuple[int, int], int]:
-    """The node index that the first child of each branch will have once `Tree.grow` has added the wave."""
-    next_index = [len(tree.nodes) for tree in trees]
-    first_child = {}
-    for branch in branches:
-        first_child[branch] = next_index[branch[0]]
-        next_index[branch[0]] += num_children
-    return first_child

@@ -107,17 +107,18 @@ class VLLMBackend:
         waiting = zip(wave.branches, wave.max_tokens, strict=True)
         rows = [row for row in waiting for _ in range(wave.num_children)]
         paths = [trees[tree_index].completion_ids(node_index) for (tree_index, node_index), _ in rows]
+        turns = [trees[tree_index].turn_ids(node_index) for (tree_index, node_index), _ in rows]
         prefixes = [
             [*trees[tree_index].prompt_ids, *path] for ((tree_index, _), _), path in zip(rows, paths, strict=True)
         ]
         limits = [most for _, most in rows]
-        drawn = self._draw_segments(prefixes, paths, limits, wave.delimiters)
+        drawn = self._draw_segments(prefixes, turns, limits, wave.delimiters)
         return [drawn[start : start + wave.num_children] for start in range(0, len(drawn), wave.num_children)]
 
     def _draw_segments(
         self, prefixes: list[list[int]], paths: list[list[int]], limits: list[int], delimiters: Delimiters | None
     ) -> list[Segment]:
-        """One segment after each prefix, of which its path is the sampled part."""
+        """One segment after each prefix, of which its path is the part that was sampled since tools answered."""
         drawn = [_Completion([], [], False)] * len(prefixes)
         finder = None
         if delimiters is None:

@@ -90,7 +90,8 @@ class Outline {
     const folded = button !== null && !this.wholeTexts.has(node);
     const text = row.querySelector(".text");
     text.classList.toggle("folded", folded);
-    write(text, folded ? this.excerpt(node) : node.text);
+    if (folded) write(text, this.excerpt(node));
+    else writeNode(text, node);
     if (button) button.textContent = folded ? "Show all" : "Show less";
   }
 

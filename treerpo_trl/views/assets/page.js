@@ -131,7 +131,7 @@ function pathItem(node, isLast) {
   button.addEventListener("click", () => outline.select(node));
   const head = element("div", { className: "head" }, button, chip(node.value, scale));
   if (node.kept) head.append(advantage(node));
-  const item = element("li", {}, head, write(element("div", { className: "text" }), node.text));
+  const item = element("li", {}, head, writeNode(element("div", { className: "text" }), node));
   if (isLast) item.setAttribute("aria-current", "true");
   return item;
 }

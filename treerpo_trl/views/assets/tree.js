@@ -14,6 +14,14 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
+// Fill an element with a node's text, what tools answered set apart.
+function writeNode(target, node) {
+  if (!node.pieces) return write(target, node.text);
+  target.replaceChildren(
+    ...node.pieces.map((piece, index) => write(element("span", { className: index % 2 ? "tools" : "model" }), piece)));
+  return target;
+}
+
 // Fill an element with what a model wrote.
 function write(target, text) {
   target.replaceChildren();
