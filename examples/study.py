@@ -165,10 +165,10 @@ def cost(found: Found) -> float:
     return float(finals(found.curves, "cpu_seconds").mean())
 
 
-def best(study: Study, name: str, found: dict[str, Found], families: Sequence[str]) -> str:
-    """The best of these families on the validation problems."""
-    chosen = study.chosen(name, *families)
-    return next(family for family in families if chosen and found[family].method == chosen[0].name)
+def best(study: Study, name: str, found: dict[str, Found], families: Sequence[str]) -> str | None:
+    """The best of these families on the validation problems; `None` of none."""
+    chosen = study.chosen(name, *families) if families else None
+    return next((family for family in families if chosen and found[family].method == chosen[0].name), None)
 
 
 def write_report(study: Study, results_dir: Path) -> None:
@@ -184,7 +184,7 @@ def write_report(study: Study, results_dir: Path) -> None:
             quick = [family for family in trees if cost(found[family]) <= QUICK * cost(found["GRPO"])]
             reports[name]["best"] = best(study, name, found, trees)
             reports[name]["best_time"] = best(study, name, found, quick or trees)
-    summary = {name: summarize(name, reports) for name in CREDIT if name in reports}
+    summary = {name: summarize(name, reports) for name in CREDIT if name in reports and reports[name]["best"]}
     (results_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (results_dir / "comparisons.json").write_text(json.dumps(reports, indent=2) + "\n")
     (results_dir / "headline.md").write_text(headline_table(summary))
