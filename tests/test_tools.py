@@ -105,7 +105,7 @@ def run(trainer_class, config_class, options, questions, tmp_path, calls=None, t
         (CALLS, [look_up], {"num_iterations": 1}),
         (CALLS, [look_up_slowly], {"max_tool_calling_iterations": 2}),
         (CALLS, [look_up], {"max_completion_length": 1}),
-        ([*CALLS, FAILING, UNKNOWN, BROKEN], [look_up], {"max_completion_length": 150}),
+        ([*CALLS, FAILING, UNKNOWN, BROKEN], [look_up], {"max_completion_length": 50}),
     ],
     ids=["plain", "async, few iterations", "cut short", "failing, overlong"],
 )
@@ -155,18 +155,26 @@ def losses_of(policy, trees, loss_weighting):
 
 @pytest.mark.parametrize(
     ("loss_weighting", "prefix_sharing", "split"),
-    [("token", True, {}), ("node", False, {}), ("node", True, {"split_rule": "length", "segment_length": 150})],
+    [
+        ("token", True, {}),
+        ("node", False, {}),
+        ("node", True, {"branching_factor": [2, 2] + [1] * 38, "segment_length": 2}),
+    ],
 )
 def test_the_gradient_is_that_of_what_was_sampled(questions, tmp_path, loss_weighting, prefix_sharing, split):
     """With what tools answered inside of segments, and branches in the middle of turns."""
-    options = {"branching_factor": [2, 2], "loss_weighting": loss_weighting, "prefix_sharing": prefix_sharing, **split}
+    options = {"branching_factor": [2, 2], "max_completion_length": 80, "loss_weighting": loss_weighting} | split
+    options["prefix_sharing"] = prefix_sharing
     plain, _ = make_tool_policy([*CALLS, FAILING], call_share=0.7)
     trainer, _, gradient = run(
         TreeRPOTrainer, TreeRPOConfig, options, questions, tmp_path, [*CALLS, FAILING], call_share=0.7
     )
     trees = trainer.last_trees
     nodes = [node for scored in trees for node in scored.tree.nodes[1:]]
-    assert any(node.sampled is not None and node.sampled[-1] for node in nodes)  # an answer in the middle
+    if split:  # a turn in two
+        assert any(not node.ended and node.sampled is None for node in nodes)
+    else:  # an answer in the middle of a node
+        assert any(node.sampled is not None and node.sampled[-1] for node in nodes)
     assert any(scored.tree.children[index] for scored in trees for index in range(1, len(scored.tree.nodes)))
     losses, weights = losses_of(plain, trees, loss_weighting)
     ((losses * weights).sum() / weights.sum()).backward()
@@ -209,7 +217,7 @@ def test_turns_are_nodes_and_their_calls_are_shared(questions, tmp_path):
                 assert node.ended
     assert len(asked) == num_calls == log["tree/tool_calls"] * len(trainer.last_trees)
     assert log["tree/call_sharing"] == pytest.approx(log["tools/call_frequency"] * 64 / num_calls)
-    assert log["tools/call_frequency"] * 64 > 1.5 * len(asked)  # what flat samples would have called
+    assert log["tools/call_frequency"] * 64 > 1.3 * len(asked)  # what flat samples would have called
     sampled = sum(scored.tree.num_sampled_tokens for scored in trainer.last_trees)
     assert log["tree/sampled_tokens"] * len(trainer.last_trees) == pytest.approx(sampled)
     kept = sum(
@@ -468,7 +476,7 @@ def test_what_tools_answered_is_told_apart(questions, tmp_path, capsys):
         assert " is 9" in record["pieces"][1]
     page = render_page(records, title="tools").replace("\\u003c", "<").replace("\\u003e", ">")
     assert json.dumps(answered[0]["pieces"], separators=(",", ":")) in page
-    print_tree(trainer.last_trees[0], tokenizer)
+    print_tree(next(one for one in trainer.last_trees if any(node.sampled for node in one.tree.nodes)), tokenizer)
     assert "tool_response" in capsys.readouterr().out
 
 

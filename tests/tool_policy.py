@@ -44,8 +44,18 @@ def make_tool_tokenizer(calls: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>", chat_template=TEMPLATE
     )
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    fast.add_tokens(calls)
+    fast.add_tokens([*calls, *fixed_texts(fast)])
     return fast
+
+
+def fixed_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What the template writes around the list of tools and around their answers: as tokens, dialogues stay short."""
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+    messages = [{"role": "user", "content": "?"}]
+    text = tokenizer.apply_chat_template(messages, tools=[tool], tokenize=False)
+    system = text.split("<|im_start|>")[1].split("<|im_end|>")[0]
+    before, after = system.split(json.dumps(tool))
+    return [before, after, "user\n<tool_response>\n", "\n</tool_response>", "user\n", "assistant\n"]
 
 
 def make_tool_policy(
@@ -68,7 +78,10 @@ def make_tool_policy(
     )
     model = LlamaForCausalLM(config)
     leanings = [
-        ("\n", {**dict.fromkeys(calls, call_share / len(calls)), **dict.fromkeys(DIGITS, (1 - call_share) / 10)}),
+        (
+            ["assistant\n"],
+            {**dict.fromkeys(calls, call_share / len(calls)), **dict.fromkeys(DIGITS, (1 - call_share) / 10)},
+        ),
         (DIGITS, {"<|im_end|>": 0.6, **dict.fromkeys(DIGITS, 0.04)}),
         (calls, {"<|im_end|>": 1.0}),
     ]
