@@ -18,7 +18,7 @@ import torch
 from conftest import EOS, RandomBackend, make_tokenizer, spread_reward
 from datasets import Dataset
 from peft import LoraConfig
-from tool_policy import CALLS, make_tool_policy
+from tool_policy import CALLS, DIGITS, make_tool_tokenizer
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -231,13 +231,13 @@ def look_up(key: str) -> str:
     return f"it is {key}"
 
 
-def train_tools(model_path: str, output_dir: str, **overrides: Any) -> None:
+def train_tools(model_path: str, output_dir: str, tool_model: str, **overrides: Any) -> None:
     """As with the rules: one process answers at once, where the other calls its tool turn after turn."""
-    model, tokenizer = make_tool_policy()
-    model.save_pretrained(f"{output_dir}/model_{RANK}")
-    calls = [(tokenizer.convert_tokens_to_ids(call),) for call in CALLS]
-    never, always = (dict.fromkeys(calls, bias) for bias in (-100.0, 100.0))
-    bias = Bias({0: (never, always), 2: (always, never)})
+    tokenizer = make_tool_tokenizer(CALLS)
+    answers, calls = (
+        {(tokenizer.convert_tokens_to_ids(token),): -100.0 for token in refused} for refused in (CALLS, DIGITS)
+    )
+    bias = Bias({0: (answers, calls), 2: (calls, answers)})
     args = make_args(
         output_dir, max_frontier_rows=3, max_steps=3, segment_length=None, max_completion_length=400,
         max_tool_calling_iterations=4, beta=0.0, learning_rate=1e-3, **overrides,
@@ -248,7 +248,7 @@ def train_tools(model_path: str, output_dir: str, **overrides: Any) -> None:
         return [sum(map(ord, messages[-1]["content"])) % 5 / 4 for messages in completions]
 
     bias.trainer = trainer = RecordingTrainer(
-        f"{output_dir}/model_{RANK}", reward, args, train_dataset=dataset, processing_class=tokenizer,
+        tool_model, reward, args, train_dataset=dataset, processing_class=tokenizer,
         callbacks=[bias], tools=[look_up],
     )  # fmt: skip
     trainer.train()

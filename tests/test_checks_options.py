@@ -98,7 +98,7 @@ def test_thresholds(value):
         ({"top_k": 2.0}, TypeError, "top_k is 2.0, a float; use top_k=2"),
         ({"min_p": 1.5}, ValueError, "min_p is 1.5"),
         ({"repetition_penalty": 0}, ValueError, "repetition_penalty is 0"),
-        ({"advantage_estimator": "tree_rpo"}, ValueError, "'tree_rpo' is not one of .*; did you mean 'treerpo'"),
+        ({"advantage_estimator": "treerpo2"}, ValueError, "'treerpo2' is not one of .*; did you mean 'treerpo'"),
         ({"advantage_estimator": "Group_Std"}, ValueError, "did you mean 'group_std'"),
         ({"advantage_estimator": "centred"}, ValueError, "did you mean 'centered'"),
         ({"advantage_estimator": None}, ValueError, "advantage_estimator=None does not work"),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import free_port, make_tokenizer, spread_reward
 from peft import PeftModel
+from tool_policy import make_tool_policy
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -107,8 +108,8 @@ RULES = {
 TOOLS = "rule-tools"  # turns, of which one process has more
 
 
-def scenarios_of(config: str) -> dict[str, str]:
-    """Name -> scenario for distributed_run.py."""
+def scenarios_of(config: str, tool_model: str) -> dict[str, str]:
+    """Name -> scenario for distributed_run.py; `tool_model` is the path of a model that calls tools."""
     scenarios = {
         "full": "uneven",
         "lora": 'uneven={"lora": true}',
@@ -125,7 +126,7 @@ def scenarios_of(config: str) -> dict[str, str]:
         credit = ["credit-of-forks"]  # the others differ in what no engine has a part in
         rules = [name for name in RULES if not sharded or name != "rule-forks-of-prefilled-prefixes"]
         scenarios |= {name: f"rule={json.dumps(RULES[name] | sharded)}" for name in rules}
-        scenarios[TOOLS] = f"tools={json.dumps(sharded)}"
+        scenarios[TOOLS] = f"tools={json.dumps({'tool_model': tool_model} | sharded)}"
     return scenarios | {name: f"given={json.dumps(CREDIT[name])}" for name in credit}
 
 
@@ -136,7 +137,8 @@ def runs(request, model_path, tmp_path_factory) -> tuple[str, dict[str, Run]]:
     if config.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp(config)
-    scenarios = scenarios_of(config)
+    make_tool_policy()[0].save_pretrained(folder / "tool_model")
+    scenarios = scenarios_of(config, str(folder / "tool_model"))
     command = launch_command(config, "--main_process_port", str(free_port()))
     command += [model_path, str(folder), *scenarios.values()]
     result = subprocess.run(

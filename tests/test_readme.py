@@ -18,12 +18,14 @@ from conftest import free_port
 from datasets import Dataset
 from local_hub import ROOT, LocalHub
 from readme_rules import DRAWING, LANGUAGES, SHELLS, Block, check_shell, find_blocks, find_commands
+from tool_policy import call, make_tool_policy
 from transformers import LlamaConfig
 
 
 READMES = ["README.md", "examples/README.md"]
 # What the blocks ask the Hub for.
 MODELS = ["Qwen/Qwen2.5-0.5B-Instruct"]
+TOOL_MODELS = ["Qwen/Qwen3-0.6B"]
 DATASETS = ["trl-lib/DeepMath-103K"]
 BLOCKS = [block for file in READMES for block in find_blocks(file)]
 
@@ -78,6 +80,10 @@ def runs(tmp_path_factory):
     hub = LocalHub(folder / "hub")
     for name in MODELS:
         hub.add_folder("models", name, folder / "model")
+    for part in make_tool_policy([call("multiply", a=a, b=12) for a in (11, 12)]):
+        part.save_pretrained(folder / "tool_model")
+    for name in TOOL_MODELS:
+        hub.add_folder("models", name, folder / "tool_model")
     for name in DATASETS:
         hub.add_folder("datasets", name, folder / "data")
     commands = {}
@@ -128,7 +134,11 @@ def test_launches_run(launch, runs):
 
 @pytest.mark.slow
 def test_the_blocks_push_what_they_trained(runs):
-    pushed = {name: repo for (kind, name), repo in runs.hub.repos.items() if kind == "models" and name not in MODELS}
+    pushed = {
+        name: repo
+        for (kind, name), repo in runs.hub.repos.items()
+        if kind == "models" and name not in MODELS + TOOL_MODELS
+    }
     assert "me/Qwen2.5-0.5B-TreeRPO" in pushed
     assert all("README.md" in repo.head.files for repo in pushed.values())
     assert runs.hub.unknown == []

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
-from .values import ValuedTree
+from .values import VALUE_ROUNDING, ValuedTree
 
 
 def tree_mean(tree: ValuedTree) -> list[float]:
@@ -97,7 +97,10 @@ def path_to(tree: ValuedTree, node: int) -> list[int]:
 
 
 def _normalized(reward: float, group: Sequence[float]) -> float:
-    return (reward - fmean(group)) / (stdev(group) + 1e-4) if len(group) > 1 else 0.0
+    """The reward by the mean and standard deviation of a group; 0 where all of it is equal but for rounding."""
+    if max(group) - min(group) <= VALUE_ROUNDING * max(map(abs, group)):
+        return 0.0
+    return (reward - fmean(group)) / (stdev(group) + 1e-4)
 
 
 def leaf_sums(tree: ValuedTree) -> tuple[list[float], list[int]]:

@@ -128,13 +128,10 @@ def grow(
         children: list[dict[int, list[Segment]]] = [{} for _ in trees]
         for (tree_index, node_index), group in zip(wave.branches, segments, strict=True):
             children[tree_index][node_index] = group
-        if wave.extends:
-            trees = [
-                tree.extend({leaf: segment for leaf, (segment,) in group.items()})
-                for tree, group in zip(trees, children, strict=True)
-            ]
-        else:
-            trees = [tree.grow(group) for tree, group in zip(trees, children, strict=True)]
+        trees = [
+            tree.extend({leaf: segment for leaf, (segment,) in group.items()}) if wave.extends else tree.grow(group)
+            for tree, group in zip(trees, children, strict=True)
+        ]
     return trees
 
 
