@@ -40,10 +40,10 @@ def test_only_the_last_message_is_the_answer():
 @pytest.mark.slow
 def test_the_agent_learns(tmp_path, monkeypatch, capsys):
     """From a base model that is made here, with fewer steps than a user's."""
-    monkeypatch.setattr(lookup, "CLEAN_STEPS", 220)
-    monkeypatch.setattr(lookup, "NOISY_STEPS", 60)
-    monkeypatch.setattr(agent, "NUM_HELD_OUT", 256)
-    monkeypatch.setattr(sys, "argv", ["agent.py", "--output_dir", str(tmp_path), "--max_steps", "8"])
+    monkeypatch.setattr(lookup, "CLEAN_STEPS", 210)
+    monkeypatch.setattr(lookup, "NOISY_STEPS", 50)
+    monkeypatch.setattr(agent, "NUM_HELD_OUT", 128)
+    monkeypatch.setattr(sys, "argv", ["agent.py", "--output_dir", str(tmp_path), "--max_steps", "6"])
     agent.main()
     output = capsys.readouterr().out
     last = json.loads(output.splitlines()[-1])

@@ -189,8 +189,8 @@ def test_snr_recovers_what_gradients_were_made_of():
 def command(output_dir, *options):
     return [
         sys.executable, "examples/compare_grpo.py", "--task", "chain_arithmetic", "--output_dir", str(output_dir),
-        "--per_step", "600", "--total", "3600", "--learning_rates", "2e-4", "--tuning_seeds", "9", "--seeds", "0", "1",
-        "--num_validation", "16", "--num_test", "32", "--num_evaluations", "3", *options,
+        "--per_step", "600", "--total", "2400", "--workers", "1", "--learning_rates", "2e-4", "--tuning_seeds", "9",
+        "--seeds", "0", "1", "--num_validation", "16", "--num_test", "32", "--num_evaluations", "2", *options,
     ]  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def test_the_script_compares_and_resumes_after_a_kill(tmp_path):
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["seeds"] == 2
-    assert summary["token_mismatch"] < 0.2  # a step is a sixth of this budget
+    assert summary["token_mismatch"] < 0.3  # a step is a quarter of this budget
     low, high = summary["delta_pass_at_1_ci"]
     assert -1 <= low <= summary["delta_pass_at_1"] <= high <= 1
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -255,7 +255,7 @@ def test_it_holds_for_shards_and_a_reference_in_shards(model_path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["multi", "fsdp2", "deepspeed_zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero3"])
 def test_it_holds_for_a_mixture_of_experts(engine, tmp_path):
     """Whose experts are cut up in the files of the Hub's format, but not in those of sharded engines."""
     families.make_model("qwen3_moe").save_pretrained(tmp_path / "model")
