@@ -57,3 +57,21 @@ def test_every_leaf_is_reached_and_depths_count_the_path(forest):
         for leaf in tree.leaves:
             assert len(tree.path(leaf)) == tree.depths[leaf] <= shape.max_depth
             assert tree.nodes[leaf].ended or tree.depths[leaf] == shape.max_depth
+
+
+def test_a_node_goes_on_after_tools_answered():
+    """Tokens 1, 2 were sampled, 7, 8 answered, 3 was sampled after that."""
+    segment = Segment((1, 2), True, logprobs=(-0.5, -0.25), score_norms=(0.1, 0.2)).answered([7, 8])
+    tree = Tree.from_prompt([0]).grow({ROOT: [segment]})
+    assert not tree.nodes[1].ended and tree.turn_ids(1) == []
+    tree = tree.extend({1: Segment((3,), True, logprobs=(-1.0,), score_norms=(0.4,))})
+    node = tree.nodes[1]
+    assert tree.completion_ids(1) == [1, 2, 7, 8, 3] and node.ended
+    assert tree.sampled_mask(1) == [True, True, False, False, True]
+    assert tree.completion_logprobs(1) == [-0.5, -0.25, 0.0, 0.0, -1.0]
+    assert (node.num_sampled, tree.num_sampled_tokens, tree.lengths) == (3, 3, (0, 5))
+    assert node.score_norm == pytest.approx(0.7) and node.uncertainties is None
+    assert tree.turn_ids(1) == [3]
+    assert Tree.from_prompt([0]).grow({ROOT: [Segment((1, 2), True)]}).turn_ids(1) == [1, 2]
+    with pytest.raises(ValueError, match="node 1 cannot go on"):
+        tree.extend({1: Segment((4,), True)})

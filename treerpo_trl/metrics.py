@@ -119,6 +119,18 @@ def step_metrics(seconds: Mapping[str, float], row_tokens: float, computed_token
     return {**phases, "tree/token_sharing_training": Mean(row_tokens, computed_tokens)}
 
 
+def call_metrics(num_trees: int, calls_made: int, calls_on_rows: int) -> Metrics:
+    """What to log of the tool calls of a batch of trees.
+
+    - `tree/tool_calls`: calls that were made, a tree.
+    - `tree/call_sharing`: calls on the paths of its rows / these: what flat samples would have called.
+    """
+    return {
+        "tree/tool_calls": Mean(calls_made, num_trees),
+        "tree/call_sharing": Mean(calls_on_rows, calls_made),
+    }
+
+
 def tree_metrics(
     trees: Sequence[ScoredTree],
     shape: Shape,

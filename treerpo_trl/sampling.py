@@ -15,9 +15,9 @@ from .checks.generation_options import options_on_trees
 from .credit import ESTIMATORS
 from .growth import Dialogues, Shape, grow, statistics_of
 from .growth.backends import TransformersBackend, VLLMBackend
+from .growth.tool_use import ToolUse
 from .resuming import ResumableGRPOTrainer
 from .timing import timed
-from .tool_use import ToolUse
 from .tree import Tree
 from .validation import check_prompt_lengths
 

@@ -20,7 +20,8 @@ from .checks.generation_options import check_generation_options
 from .credit import ScoredTree, assign_batch
 from .growth import shape_of
 from .growth.backends import find_context_length
-from .metrics import Metrics, pool, step_metrics, tree_metrics
+from .growth.tool_use import ToolUse
+from .metrics import Metrics, call_metrics, pool, step_metrics, tree_metrics
 from .model_card import PAPER, write_model_card
 from .numerics import GradientGuard
 from .prefix_sharing import PrefixSharing
@@ -37,7 +38,6 @@ from .rows import (
 from .sampling import TreeSamplingTrainer
 from .scoring import DistinctRows, RowRewards, check_rewards, score_once
 from .timing import PhaseTimer, timed
-from .tool_use import ToolUse
 from .treerpo_config import TreeRPOConfig
 from .validation import (
     check_arguments,
@@ -231,7 +231,7 @@ class TreeRPOTrainer(TreeSamplingTrainer):
         rewards, trained = self._rewards, int((loss_mask > 0).sum())
         metrics = tree_metrics(trees, self.tree_shape, rewards.distinct, rewards.by_func, trained)
         if self._tool_use is not None and self._tool_use.has_tools:
-            metrics |= self._tool_use.metrics
+            metrics |= call_metrics(len(trees), self._tool_use.calls_made, self._tool_use.calls_on_rows)
         self._starvation_watch.check(self._log_pooled(metrics), trained_weight)
         return {
             **output,

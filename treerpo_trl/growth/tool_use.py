@@ -13,10 +13,10 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response
 
-from .growth import Answer, Dialogue, Dialogues, Message, Rollout, Shape, check_copies, close
-from .growth.environments import tool_names
-from .metrics import Mean, Metrics
-from .tree import Tree
+from ..tree import Tree
+from .environments import Rollout, check_copies, close, tool_names
+from .tools import Answer, Dialogue, Dialogues, Message
+from .waves import Shape
 
 
 class Seat:
@@ -29,8 +29,8 @@ class Seat:
 class ToolUse:
     """Runs the tools of a trainer's trees, and has their environments.
 
-    `metrics` are those of the newest batch: `tree/tool_calls`, calls that were made for a tree, and
-    `tree/call_sharing`, calls on the paths of its rows / these: what flat samples would have called.
+    Of the newest batch, `calls_made` are the calls that were made, and `calls_on_rows` those on the paths of its rows:
+    what flat samples would have called.
 
     Args:
         trainer: A trainer with tools.
@@ -47,7 +47,7 @@ class ToolUse:
         self._num_lent: dict[Any, int] = {}
         self.dialogues: Dialogues | None = None
         self.is_asking = False  # TRL's loop is running a turn's calls
-        self.metrics: Metrics = {}
+        self.calls_made = self.calls_on_rows = 0
         if trainer.environment_factories is None:
             return
         hidden = []
@@ -210,10 +210,7 @@ class ToolUse:
         paths = [(index, tree, leaf) for index, tree in enumerate(trees) for leaf in shape.slots(tree)]
         ends = [dialogues.at(index, leaf) for index, _, leaf in paths]
         num_calls = sum(end.num_calls for end in ends)
-        self.metrics = {
-            "tree/tool_calls": Mean(dialogues.num_calls, len(trees)),
-            "tree/call_sharing": Mean(num_calls, dialogues.num_calls),
-        }
+        self.calls_made, self.calls_on_rows = dialogues.num_calls, num_calls
         self._seat(ends)
         return (
             [[int(drawn) for drawn in tree.sampled_mask(leaf)] for _, tree, leaf in paths],
