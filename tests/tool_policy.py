@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import trl
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from byte_llama import make_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -35,15 +35,9 @@ FAILING = call("look_up", key="missing")
 
 def make_tool_tokenizer(calls: list[str]) -> PreTrainedTokenizerFast:
     """One token a byte, and one for each call and each token of the template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>", chat_template=TEMPLATE
-    )
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast = make_byte_tokenizer()
+    fast.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = TEMPLATE
     fast.add_tokens([*calls, *fixed_texts(fast)])
     return fast
 
