@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import release_memory
 from compare_plan import Run, expected_tokens, is_complete, read_records
 from compare_workload import Workload
+from peft import LoraConfig
 from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -235,6 +236,9 @@ def make_trainer(run: Run, tokens_per_tree: float, output_dir: Path, max_steps: 
         trainer_class = GRPOTrainer
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     reward_funcs = workload.reward_funcs()
+    if workload.lora_rank:
+        rank = workload.lora_rank
+        kwargs["peft_config"] = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     if method.length_cost:
         reward_funcs.append(length_cost_reward(method.length_cost, workload.max_completion_length))
     trainer = trainer_class(

@@ -33,6 +33,7 @@ class Workload:
         reward_names: Rewards as in `train.py`.
         max_completion_length: Most tokens of a response.
         max_rows_per_micro_batch: Most rows of a forward pass in training.
+        lora_rank: Rank of LoRA adapters on all linear layers; 0 trains all weights.
     """
 
     task: str | None = None
@@ -50,6 +51,7 @@ class Workload:
     num_test: int = 2048
     eval_batch_size: int = 512
     max_rows_per_micro_batch: int = 1024
+    lora_rank: int = 0
 
     def load(self) -> tuple[Any, Any]:
         """The base model and its tokenizer."""

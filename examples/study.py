@@ -172,9 +172,10 @@ def best(study: Study, name: str, found: dict[str, Found], families: Sequence[st
 
 
 def write_report(study: Study, results_dir: Path) -> None:
-    """Everything in `results_dir`, from the runs that are complete."""
+    """Everything in `results_dir`, from the runs that are complete; what has no runs here stays as it was there."""
     results_dir.mkdir(parents=True, exist_ok=True)
-    reports = {}
+    kept = results_dir / "comparisons.json"
+    reports = json.loads(kept.read_text()) if kept.exists() else {}
     for name in COMPARISONS:
         found = find(study, name)
         if len(found) > 1:
@@ -184,9 +185,10 @@ def write_report(study: Study, results_dir: Path) -> None:
             quick = [family for family in trees if cost(found[family]) <= QUICK * cost(found["GRPO"])]
             reports[name]["best"] = best(study, name, found, trees)
             reports[name]["best_time"] = best(study, name, found, quick or trees)
+    reports = {name: reports[name] for name in COMPARISONS if name in reports}
     summary = {name: summarize(name, reports) for name in CREDIT if name in reports and reports[name]["best"]}
     (results_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (results_dir / "comparisons.json").write_text(json.dumps(reports, indent=2) + "\n")
+    kept.write_text(json.dumps(reports, indent=2) + "\n")
     (results_dir / "headline.md").write_text(headline_table(summary))
     (results_dir / "overview.md").write_text(overview_table(reports))
     draw_overview({name: reports[name] for name in CREDIT if name in reports}, results_dir / "overview.png")
