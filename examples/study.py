@@ -25,15 +25,17 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compare_grpo import Workers, choose, tuning_runs
 from compare_plan import Method, Run, is_complete
 from compare_report import finals, read_curve
-from compare_workload import built_in
+from compare_workload import PRETRAINED, built_in
 from gradient_snr import measure_snr
 from study_plan import COMPARISONS, CREDIT, GRADIENT_BATCHES, LENGTH_COSTS, PROMPTS, RATE, Comparison
 from study_report import (
     Found,
+    add_snr,
     comparison_report,
     draw_overview,
     headline_table,
@@ -41,17 +43,24 @@ from study_report import (
     summarize,
     write_comparison,
 )
+from tasks import TASKS
 
 
+REPORTS, SNR = "comparisons.json", "snr.json"  # files of the results, and of a comparison's runs
 FEWEST_SEEDS = 2  # of a result that is reported
 QUICK = 1.1  # times GRPO's CPU seconds: where time is what counts, the best of those that take no longer is reported
 
 
 class Study:
-    """The runs of the study, in one folder a comparison, and what has been chosen from them."""
+    """The runs of the study, in one folder a comparison, and what has been chosen from them.
 
-    def __init__(self, output_dir: Path, num_workers: int, names: Sequence[str] | None = None):
-        self.output_dir = output_dir
+    Args:
+        results_dir: Where reports are; what an earlier one has chosen holds until it is chosen again.
+        names: Comparisons to run; by default, all.
+    """
+
+    def __init__(self, output_dir: Path, results_dir: Path, num_workers: int, names: Sequence[str] | None = None):
+        self.output_dir, self.results_dir = output_dir, results_dir
         self.names = names or list(COMPARISONS)
         self.workers = Workers(output_dir / "workers.log", num_workers)
 
@@ -87,8 +96,27 @@ class Study:
             return comparison.families[families[-1]][0], comparison.learning_rates[0]
         grid = self.grid(name, *families)
         if len(self.paths(name, grid)) < len(grid):
-            return None
+            return self.reported(name, *families)
         return choose(grid, self.output_dir / name)
+
+    def reported(self, name: str, *families: str) -> tuple[Method, float] | None:
+        """The method and learning rate of one family in the last report."""
+        known = self.reports().get(name, {}).get("families", {})
+        if len(families) != 1 or families[0] not in known:
+            return None
+        numbers = known[families[0]]
+        methods = {method.name: method for method in COMPARISONS[name].families[families[0]]}
+        return methods[numbers["method"]], numbers["learning_rate"]
+
+    def reports(self) -> dict[str, Any]:
+        """The last report, by comparison."""
+        path = self.results_dir / REPORTS
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def snr(self, name: str) -> dict[str, dict[str, Any]]:
+        """Signal-to-noise ratios that were measured, by method."""
+        path = self.output_dir / name / SNR
+        return {result["treerpo"]: result for result in json.loads(path.read_text())} if path.exists() else {}
 
     def tests(self, name: str, family: str) -> list[Run]:
         """The runs of the result; none before the method is chosen."""
@@ -128,7 +156,9 @@ def run_gradients(study: Study) -> None:
     """Signal-to-noise ratios of the chosen methods at equal sampled tokens, kept as JSON."""
     futures = {}
     for name, comparison in CREDIT.items():
-        path = study.output_dir / name / "snr.json"
+        if TASKS[comparison.task].base in PRETRAINED:  # the gradients of all batches are in memory
+            continue
+        path = study.output_dir / name / SNR
         chosen = {family: study.chosen(name, family) for family in comparison.families}
         if path.exists() or None in chosen.values():
             continue
@@ -145,12 +175,9 @@ def run_gradients(study: Study) -> None:
 
 def find(study: Study, name: str) -> dict[str, Found]:
     """By family, GRPO first, what the study has found so far; families with too few runs are left out."""
-    folder = study.output_dir / name
-    if not folder.exists():  # a base model need not be made to find nothing
+    if not (study.output_dir / name).exists():  # a base model need not be made to find nothing
         return {}
-    path = folder / "snr.json"
-    snr = {result["treerpo"]: result for result in json.loads(path.read_text())} if path.exists() else {}
-    found = {}
+    snr, found = study.snr(name), {}
     for family in COMPARISONS[name].families:
         runs = study.tests(name, family)
         paths = study.paths(name, runs)
@@ -171,11 +198,11 @@ def best(study: Study, name: str, found: dict[str, Found], families: Sequence[st
     return next((family for family in families if chosen and found[family].method == chosen[0].name), None)
 
 
-def write_report(study: Study, results_dir: Path) -> None:
-    """Everything in `results_dir`, from the runs that are complete; what has no runs here stays as it was there."""
+def write_report(study: Study) -> None:
+    """Everything in the study's `results_dir`, from the runs that are complete; what has no runs here stays."""
+    results_dir = study.results_dir
     results_dir.mkdir(parents=True, exist_ok=True)
-    kept = results_dir / "comparisons.json"
-    reports = json.loads(kept.read_text()) if kept.exists() else {}
+    reports = study.reports()
     for name in COMPARISONS:
         found = find(study, name)
         if len(found) > 1:
@@ -185,10 +212,12 @@ def write_report(study: Study, results_dir: Path) -> None:
             quick = [family for family in trees if cost(found[family]) <= QUICK * cost(found["GRPO"])]
             reports[name]["best"] = best(study, name, found, trees)
             reports[name]["best_time"] = best(study, name, found, quick or trees)
+        elif name in reports:
+            add_snr(reports[name]["families"], study.snr(name))
     reports = {name: reports[name] for name in COMPARISONS if name in reports}
     summary = {name: summarize(name, reports) for name in CREDIT if name in reports and reports[name]["best"]}
     (results_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    kept.write_text(json.dumps(reports, indent=2) + "\n")
+    (results_dir / REPORTS).write_text(json.dumps(reports, indent=2) + "\n")
     (results_dir / "headline.md").write_text(headline_table(summary))
     (results_dir / "overview.md").write_text(overview_table(reports))
     draw_overview({name: reports[name] for name in CREDIT if name in reports}, results_dir / "overview.png")
@@ -211,10 +240,10 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(COMPARISONS), help="only these comparisons of the stages")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
-    study = Study(args.output_dir, args.workers, args.tasks)
+    study = Study(args.output_dir, args.results_dir, args.workers, args.tasks)
     for stage in args.stages:
         if stage == "report":
-            write_report(study, args.results_dir)
+            write_report(study)
         else:
             STAGES[stage](study)
 

@@ -75,12 +75,19 @@ def comparison_report(found: Mapping[str, Found]) -> dict[str, Any]:
             numbers[name] = float(finals(entry.curves, name).mean())
         if family != "GRPO":
             numbers["against_grpo"] = compare(entry.curves, flat)
-            snr = entry.snr or {"snr_ratio": None, "snr_ratio_ci": [None, None]}
-            numbers |= {"snr_ratio": snr["snr_ratio"], "snr_ratio_ci": snr["snr_ratio_ci"]}
+            numbers |= {"snr_ratio": None, "snr_ratio_ci": [None, None]}
         if family not in ("GRPO", "flat") and "flat" in found:
             numbers["against_flat"] = compare(entry.curves, found["flat"].curves)
         families[family] = numbers
+    add_snr(families, {entry.method: entry.snr for entry in found.values() if entry.snr})
     return {"pass_at_1_before": float(np.mean([curve.pass_at_1[0] for curve in flat])), "families": families}
+
+
+def add_snr(families: Mapping[str, dict[str, Any]], snr: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the signal-to-noise ratios, by method, into the numbers of the families."""
+    for numbers in families.values():
+        if numbers["method"] in snr:
+            numbers |= {key: snr[numbers["method"]][key] for key in ("snr_ratio", "snr_ratio_ci")}
 
 
 def end_entropy(curves: Sequence[Curve]) -> float:

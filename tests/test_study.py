@@ -1,6 +1,7 @@
 """The study: its report from complete runs, and the committed results against what the README says of them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def finished(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "built_in", lambda name, models_dir, **options: name)
     for name in ("COMPARISONS", "CREDIT"):  # drawing all takes a minute
         monkeypatch.setattr(study, name, {task: found for task, found in getattr(study, name).items() if task in FEW})
-    finished = study.Study(tmp_path, num_workers=1, names=FEW)
+    finished = study.Study(tmp_path, tmp_path / "results", num_workers=1, names=FEW)
 
     def execute(runs):
         for name, run in runs:
@@ -68,7 +69,7 @@ def finished(tmp_path, monkeypatch):
 
 def test_report_of_a_finished_study(finished, tmp_path):
     results = tmp_path / "results"
-    study.write_report(finished, results)
+    study.write_report(finished)
     summary = json.loads((results / "summary.json").read_text())
     assert list(summary) == ["countdown", "chains_of_8", "few_shot_chains"]
     numbers = summary["countdown"]
@@ -111,7 +112,7 @@ def test_report_has_what_is_complete(finished, tmp_path):
         path.unlink()
     for path in (tmp_path / "few_shot_chains").glob("*-test-seed2*"):
         path.unlink()
-    study.write_report(finished, tmp_path / "results")
+    study.write_report(finished)
     summary = json.loads((tmp_path / "results" / "summary.json").read_text())
     reports = json.loads((tmp_path / "results" / "comparisons.json").read_text())
     assert "chains_of_8" not in summary
@@ -120,9 +121,27 @@ def test_report_has_what_is_complete(finished, tmp_path):
     assert summary["few_shot_chains"]["seeds"] == 2
 
 
+def test_report_keeps_what_it_has_no_runs_of(finished, tmp_path):
+    study.write_report(finished)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    shutil.rmtree(tmp_path / "countdown")
+    for path in (tmp_path / "chains_of_8").glob("*.jsonl"):
+        path.unlink()
+    snr = [{"treerpo": "tree-2x2", "snr_ratio": 1.3, "snr_ratio_ci": [1.2, 1.4]}]
+    (tmp_path / "chains_of_8" / "snr.json").write_text(json.dumps(snr))
+    study.write_report(finished)
+    second = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed == {"comparisons.json"}
+    reports = json.loads(second["comparisons.json"])
+    assert reports["chains_of_8"]["families"]["tree"]["snr_ratio"] == 1.3
+    # What was chosen is known without the runs of the choice.
+    assert finished.chosen("countdown", "forks")[0].name == "forks-1x1"
+
+
 def test_report_before_anything_is_chosen(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "built_in", lambda name, models_dir, **options: name)
-    study.write_report(study.Study(tmp_path, num_workers=1), tmp_path / "results")
+    study.write_report(study.Study(tmp_path, tmp_path / "results", num_workers=1))
     assert json.loads((tmp_path / "results" / "summary.json").read_text()) == {}
 
 
