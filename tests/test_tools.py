@@ -270,7 +270,7 @@ class ForkedDesk(Desk):
         return CopiedDesk.__deepcopy__(self, {})
 
 
-def run_desk(factory, tmp_path, questions, reward_func=None, **options):
+def run_desk(factory, tmp_path, questions, reward_func=None, checkpoint=None, **options):
     model, tokenizer = make_tool_policy([*CALLS, FAILING], call_share=0.7)
     trainer = TreeRPOTrainer(
         model,
@@ -294,7 +294,7 @@ def run_desk(factory, tmp_path, questions, reward_func=None, **options):
         processing_class=tokenizer,
         environment_factory=factory,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
@@ -524,3 +524,21 @@ def test_trees_with_answers_are_kept_in_a_checkpoint(questions, tmp_path):
     trainer, _, _ = run(TreeRPOTrainer, TreeRPOConfig, {"branching_factor": [2, 2]}, questions, tmp_path)
     scored = next(one for one in trainer.last_trees if any(node.sampled for node in one.tree.nodes))
     assert unpack(pack(scored)) == scored
+
+
+def test_training_goes_on_in_the_middle_of_a_batch(questions, tmp_path):
+    """With the trees and what tools answered in them."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "steps_per_generation": 2}
+    options |= {"max_completion_length": 200, "per_device_train_batch_size": 8, "num_iterations": 1}
+    unbroken = run_desk(CopiedDesk, tmp_path / "unbroken", questions, **options)
+    resumed = run_desk(
+        CopiedDesk, tmp_path / "resumed", questions, checkpoint=tmp_path / "unbroken/checkpoint-3", **options
+    )
+    for (name, one), other in zip(unbroken.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    timings = ("step_time", "tree/seconds", "train_", "total_flos")
+    last, again = (
+        {name: value for name, value in trainer.state.log_history[-2].items() if not name.startswith(timings)}
+        for trainer in (unbroken, resumed)
+    )
+    assert last == again
