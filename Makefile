@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.installing
 VLLM_STAMP := $(VLLM_VENV)/.installed
 # vLLM needs an older transformers, the oldest that the package supports, so what rests on it is tested there as well.
-VLLM_TESTS := $(addprefix tests/test_,backend_vllm.py vllm_server.py trl_contract.py reduces_to_grpo.py \
+VLLM_TESTS := $(addprefix tests/test_,backend_vllm.py vllm_tools.py vllm_server.py trl_contract.py reduces_to_grpo.py \
                                       backend_transformers.py trainer.py evaluate_vllm.py generation_options.py)
 
 SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))

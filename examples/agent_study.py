@@ -31,6 +31,7 @@ METHODS = {
     "grpo-4": ["--trainer", "grpo", "--num_generations", "4"],
     "tree-2x2": [],
     "tree-4x4": ["--branching_factor", "4", "4"],
+    "tree-2x2x4": ["--branching_factor", "2", "2", "4"],  # as many leaves, more shared turns
 }
 MAX_STEPS, EVAL_STEPS = 12, 3
 

@@ -214,7 +214,7 @@ def make_trainer(run: Run, tokens_per_tree: float, output_dir: Path, max_steps: 
         "learning_rate": run.learning_rate,
         "lr_scheduler_type": "constant",
         "temperature": workload.temperature,
-        "bf16": False,
+        "bf16": workload.dtype == "bfloat16",
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",  # the recorder asks for checkpoints

@@ -34,6 +34,7 @@ class Workload:
         max_completion_length: Most tokens of a response.
         max_rows_per_micro_batch: Most rows of a forward pass in training.
         lora_rank: Rank of LoRA adapters on all linear layers; 0 trains all weights.
+        dtype: Of the base model. With "bfloat16", training computes in it, too.
     """
 
     task: str | None = None
@@ -52,10 +53,12 @@ class Workload:
     eval_batch_size: int = 512
     max_rows_per_micro_batch: int = 1024
     lora_rank: int = 0
+    dtype: str = "float32"
 
     def load(self) -> tuple[Any, Any]:
         """The base model and its tokenizer."""
-        return AutoModelForCausalLM.from_pretrained(self.model), AutoTokenizer.from_pretrained(self.model)
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype)
+        return model, AutoTokenizer.from_pretrained(self.model)
 
     def reward_funcs(self) -> list[Any]:
         """The verifier, the same in training and in evaluation."""

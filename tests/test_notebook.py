@@ -42,7 +42,7 @@ def test_the_notebook_trains_shows_a_tree_and_pushes(tmp_path):
     notebook = read()
     (settings,) = [cell for cell in notebook.cells if "PUSH_TO = None" in cell.source and cell.cell_type == "code"]
     settings.source = settings.source.replace("PUSH_TO = None", 'PUSH_TO = "me/adapter"')
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     with LocalHub(tmp_path / "hub").serving() as hub:
         threads = os.environ.get("OMP_NUM_THREADS", "2")
         client.execute(env={**hub.environment(tmp_path, with_xet=False), "OMP_NUM_THREADS": threads})
@@ -60,6 +60,7 @@ def test_the_notebook_trains_shows_a_tree_and_pushes(tmp_path):
         pytest.approx(after, abs=0.01),
     ]  # the last is merged
     assert "answer #" in text  # the tree in the terminal
+    assert "look_up" in text.partition("tree/call_sharing")[2]  # and the agent's
     output = folder / "treerpo-lora"
     assert adapter == (output / "adapter_model.safetensors").read_bytes()
     pages = sorted(path.name for path in (output / "trees").glob("*.html"))

@@ -53,7 +53,11 @@ def fixed_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def make_tool_policy(
-    calls: list[str] | None = None, call_share: float = 0.5, context_length: int = 2048, seed: int = 0
+    calls: list[str] | None = None,
+    call_share: float = 0.5,
+    context_length: int = 2048,
+    seed: int = 0,
+    hidden_size: int = 32,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Model and tokenizer; a turn is a call with that probability, roughly."""
     calls = CALLS if calls is None else calls
@@ -61,7 +65,7 @@ def make_tool_policy(
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
