@@ -93,6 +93,7 @@ def main() -> None:
     """Train all methods seed by seed, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("agent-study"), help="base model and measurements")
+    parser.add_argument("--results_dir", type=Path, help="where to write the table and all measurements, too")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method")
     args = parser.parse_args()
     base_model = args.output_dir / "base_model"
@@ -107,7 +108,11 @@ def main() -> None:
             runs[name].append(json.loads(path.read_text()))
             print(path.stem, runs[name][-1][-1], flush=True)
     best = max(("grpo-8", "grpo-4"), key=lambda name: np.mean([run[-1]["pass_at_1"] for run in runs[name]]))
-    print(compare(runs, best))
+    table = compare(runs, best)
+    print(table)
+    if args.results_dir is not None:
+        (args.results_dir / "agent.md").write_text(table + "\n")
+        (args.results_dir / "agent.json").write_text(json.dumps(runs) + "\n")
 
 
 if __name__ == "__main__":

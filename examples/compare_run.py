@@ -215,6 +215,7 @@ def make_trainer(run: Run, tokens_per_tree: float, output_dir: Path, max_steps: 
         "lr_scheduler_type": "constant",
         "temperature": workload.temperature,
         "bf16": workload.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),  # what transformers wants to be told, for bf16
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",  # the recorder asks for checkpoints
