@@ -135,7 +135,7 @@ PROMPTS = {
 
 def shorter(cost: float) -> dict[str, list[Method]]:
     """GRPO and forks, responses of the greatest length at this cost."""
-    methods = {"GRPO": GRPO[0], "flat": optimal(2), "forks": forks(1, 1)}
+    methods = {"GRPO": GRPO[0], "forks": forks(1, 1)}
     return {
         family: [Method(f"{m.name}-cost{cost:g}", m.branching, m.num_generations, m.options, length_cost=cost)]
         for family, m in methods.items()

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from treerpo_trl import TreeRPOConfig
-from treerpo_trl.growth import Delimiters, ForkShape, Shape, TreeShape, grow
+from treerpo_trl.growth import Backend, Delimiters, ForkShape, Shape, TreeShape, Wave, grow
 from treerpo_trl.tree import Segment, Tree
 
 
@@ -201,7 +201,19 @@ def coin_reward(completions, **kwargs) -> list[float]:
     return [float(reward > 0.5) for reward in spread_reward(completions)]
 
 
-class RandomBackend:
+def plan(shape: Shape, trees: Sequence[Tree], wave: int) -> tuple[list[Tree], Wave]:
+    """The plan of a wave for whole trees."""
+    depth = min(wave, shape.max_depth)
+    nodes = [
+        (index, node)
+        for index, tree in enumerate(trees)
+        for node in range(len(tree.nodes))
+        if tree.depths[node] == depth or (shape.plans_whole_trees and wave)
+    ]
+    return shape.plan(trees, wave, nodes)
+
+
+class RandomBackend(Backend):
     """Segments from a random generator: some end, some are full, some are cut short (`short_probability`)."""
 
     def __init__(self, seed: int, end_probability: float, short_probability: float = 0.1):

@@ -37,7 +37,7 @@ from transformers import Qwen2ForCausalLM
 
 from treerpo_trl import Tree, TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.credit import ESTIMATORS, UNIT_INTERVAL_ESTIMATORS
-from treerpo_trl.growth import Delimiters, ForkShape, Shape, TreeShape, grow
+from treerpo_trl.growth import Backend, Delimiters, ForkShape, Shape, TreeShape, grow
 from treerpo_trl.tree import Segment
 
 
@@ -173,7 +173,7 @@ def cases(draw: st.DrawFn, rules: Sequence[str] = tuple(SHAPES)) -> Case:
     )
 
 
-class RandomSegments:
+class RandomSegments(Backend):
     """Segments of a few different tokens, so that siblings are sometimes equal; those that end do so with EOS.
 
     Where a delimiter may end a segment, most end before they are full. Uncertainties tie as often as not.

@@ -1,6 +1,7 @@
 """Sampling with forked caches: the same draws as prefilling every prefix, each token computed once."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,9 +104,37 @@ def test_each_token_is_computed_once(model):
     assert sum(calls) < 0.6 * flat
 
 
+def nested(tree: Tree, index: int = 0) -> tuple:
+    """A tree whatever the order in which its nodes were drawn."""
+    return replace(tree.nodes[index], parent=0), tuple(nested(tree, child) for child in tree.children[index])
+
+
 @pytest.mark.parametrize("max_rows", [1, 3, 5, 64])
 def test_rows_decoded_at_a_time_do_not_change_greedy_trees(model, max_rows):
-    assert grow_trees(model, SHAPE, max_rows=max_rows) == grow_trees(model, SHAPE)
+    trees, others = (grow_trees(model, SHAPE, max_rows=rows) for rows in (max_rows, 64))
+    assert [nested(tree) for tree in trees] == [nested(tree) for tree in others]
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 6, 64])
+def test_caches_of_no_more_branches_wait_than_fit(model, max_rows):
+    """Of each depth those of one block, and of the last depth none."""
+    held = []
+
+    class Watched(TransformersBackend):
+        def extend(self, trees, wave):
+            segments = super().extend(trees, wave)
+            blocks = {id(block): block for block, _ in self._places.values()}
+            held.append(sum(len(block.input_ids) for block in blocks.values()))
+            return segments
+
+    config = GenerationConfig(do_sample=True, suppress_tokens=[EOS], eos_token_id=[EOS], pad_token_id=PAD)
+    backend = Watched(model, config, [EOS], PAD, max_rows, fork_caches=True)
+    with torch.no_grad():
+        trees = grow([[5, 6, 7], [8, 9, 10], [5, 9]], SHAPE, backend)
+    assert all(len(tree.leaves) == SHAPE.num_leaves for tree in trees) and not backend._places
+    assert max(held) <= (SHAPE.max_depth - 1) * max(max_rows, *SHAPE.branching)
+    if max_rows == 64:
+        assert max(held) == 3 * SHAPE.num_leaves // SHAPE.branching[-1]
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 5])

@@ -21,6 +21,7 @@ from conftest import (
     VLLM_TOKENS,
     free_port,
     make_tokenizer,
+    plan,
     spread_reward,
 )
 from datasets import Dataset
@@ -355,7 +356,7 @@ def test_forks_continue_what_is_above_them(generation, vllm_reference, requests)
     generation.llm.reset_prefix_cache()
     backend, trees = make_backend(generation), [Tree.from_prompt(PROMPT), Tree.from_prompt([9, 10])]
     for index in range(FORKS.num_waves):
-        trees, wave = FORKS.plan(trees, index)
+        trees, wave = plan(FORKS, trees, index)
         segments = backend.extend(trees, wave)
         generation.temperature = 0.0
         children = [{} for _ in trees]

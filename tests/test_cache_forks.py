@@ -154,8 +154,8 @@ class Refuser(Qwen2ForCausalLM):
     """Cannot continue more rows than it has read."""
 
     def forward(self, *args, past_key_values=None, **kwargs):
-        if past_key_values is not None and past_key_values.get_seq_length() and kwargs["input_ids"].size(0) == 3:
-            raise ValueError("no room for 3 rows")
+        if past_key_values is not None and past_key_values.get_seq_length() and kwargs["input_ids"].size(0) == 4:
+            raise ValueError("no room for 4 rows")
         return super().forward(*args, past_key_values=past_key_values, **kwargs)
 
 
@@ -164,7 +164,7 @@ class Refuser(Qwen2ForCausalLM):
     [
         (Forgetful, "log-probabilities after a fork differ by"),
         (Hoarder, "it keeps 'state' of each batch on itself, in model.layers.0"),
-        (Refuser, "ValueError: no room for 3 rows"),
+        (Refuser, "ValueError: no room for 4 rows"),
     ],
 )
 def test_a_model_that_cannot_continue_from_a_fork_is_found(model_path, kind, fault):
@@ -231,8 +231,8 @@ def test_the_trial_costs_some_calls_on_few_rows(model, max_rows):
         lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     trial.find_fault(make_backend(model, max_rows), [[5] * 100, [6] * 100])
-    assert len(sizes) <= (21 if max_rows > 2 else 50)
-    assert max(rows for rows, _ in sizes) <= min(max_rows, 3)
+    assert len(sizes) <= (21 if max_rows > 3 else 50)
+    assert max(rows for rows, _ in sizes) <= min(max_rows, 4)
     assert max(tokens for _, tokens in sizes) <= 10
 
 
@@ -255,7 +255,7 @@ def test_processes_of_one_model_decide_alike(model, monkeypatch):
     monkeypatch.setattr(trial.distributed, "all_reduce", lambda tensor, op: tensor.fill_(1.0))
     backend = make_backend(model)
     backend.synced_gpus = True
-    monkeypatch.setattr(TransformersBackend, "_keep_pace", lambda self, num_calls: None)
+    monkeypatch.setattr(TransformersBackend, "_any_calls", lambda self, has_call: False)
     monkeypatch.setattr(model, "_has_unfinished_sequences", lambda finished, synced_gpus, device: not finished)
     assert trial.find_fault(backend, PROMPTS) == "another process found that it cannot"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth import Backend, TreeShape, grow
 from treerpo_trl.tree import Segment
 
 
@@ -35,7 +35,7 @@ from scipy import stats
 ROOT = Path(__file__).parents[1]
 
 
-class CoinBackend:
+class CoinBackend(Backend):
     """Ends a segment after each token with probability 0.1."""
 
     def __init__(self, seed):

@@ -5,6 +5,7 @@ from math import log, prod, sqrt
 
 import numpy as np
 import pytest
+from conftest import plan
 
 from treerpo_trl.credit import ValuedTree
 from treerpo_trl.growth import ForkShape
@@ -48,7 +49,7 @@ def expected_update(policy: Policy, shape: ForkShape, mean_reward: float) -> np.
     """Of a trunk and one fork, with the baseline of infinitely many other trees: their mean reward."""
     update = np.zeros_like(policy.probs)
     for trunk in policy.rewards:
-        (tree,), wave = shape.plan([Tree.from_prompt([9]).grow({ROOT: [policy.segment(trunk)]})], 1)
+        (tree,), wave = plan(shape, [Tree.from_prompt([9]).grow({ROOT: [policy.segment(trunk)]})], 1)
         ((_, head),) = wave.branches
         fork = tree.lengths[head]
         for tokens in product(range(TOKENS), repeat=STEPS - fork):

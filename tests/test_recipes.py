@@ -27,7 +27,7 @@ from trl import GRPOConfig, TrlParser
 from trl.scripts import grpo
 
 from treerpo_trl import TreeRPOConfig
-from treerpo_trl.growth import TreeShape, grow
+from treerpo_trl.growth import Backend, TreeShape, grow
 from treerpo_trl.tree import Segment
 
 
@@ -157,7 +157,7 @@ def shares_longer(lengths: np.ndarray, *bounds: int) -> list[float]:
     return [float((lengths > bound).mean()) for bound in bounds]
 
 
-class Memoryless:
+class Memoryless(Backend):
     """Responses of geometric length: what is left of one does not depend on how long it is."""
 
     def __init__(self, mean: float):

@@ -1,13 +1,15 @@
 """Laws of growth: who branches, how wide and how long."""
 
+from collections import Counter
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
-from conftest import RandomBackend, forests, shapes
+from conftest import RandomBackend, any_forests, forests, plan, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
 from treerpo_trl.growth import Delimiters, ForkShape, TreeShape, grow
+from treerpo_trl.growth.waves import drawn_nodes
 from treerpo_trl.tree import ROOT, Segment, Tree
 
 
@@ -23,11 +25,11 @@ def test_only_unfinished_nodes_of_the_depth_above_branch():
     tree = Tree.from_prompt([5]).grow({ROOT: [Segment((1,), True), Segment((2,), False)]})
     done = Tree.from_prompt([6]).grow({ROOT: [Segment((1,), True), Segment((2,), True)]})
     shape = TreeShape((2, 3), 4, 8)
-    trees, wave = shape.plan([tree, done, tree], 1)
+    trees, wave = plan(shape, [tree, done, tree], 1)
     assert trees == [tree, done, tree]
     assert wave.branches == ((0, 2), (2, 2))
     assert (wave.num_children, wave.max_tokens, wave.is_last) == (3, (4, 4), True)
-    assert not shape.plan([tree], 0)[1].is_last
+    assert not plan(shape, [tree], 0)[1].is_last
 
 
 @given(forests())
@@ -48,17 +50,77 @@ def test_a_tree_without_early_ends_is_complete(shape, seed):
     assert len(tree.leaves) == shape.num_leaves
 
 
-def test_the_backend_is_asked_once_a_depth_even_when_all_paths_have_ended():
-    class Counting(RandomBackend):
-        calls = []
+class Counting(RandomBackend):
+    """Notes the branches of each wave."""
 
-        def extend(self, trees, wave):
-            self.calls.append(len(wave.branches))
-            return super().extend(trees, wave)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls = []
 
+    def extend(self, trees, wave):
+        self.calls.append(len(wave.branches))
+        return super().extend(trees, wave)
+
+
+def test_growth_ends_with_the_last_path():
     backend = Counting(0, end_probability=1.0)
     grow([[1], [2]], TreeShape((2, 2, 2), 3, 9), backend)
+    assert backend.calls == [2]
+
+
+def test_processes_that_call_together_get_empty_waves_until_the_last_has_no_branches():
+    class Together(Counting):
+        def goes_on(self, has_branches):
+            return has_branches or len(self.calls) < 3
+
+    backend = Together(0, end_probability=1.0)
+    grow([[1], [2]], TreeShape((2, 2, 2), 3, 9), backend)
     assert backend.calls == [2, 0, 0]
+
+
+@given(any_forests(), st.integers(1, 12), st.integers(0, 100))
+def test_blocks_bound_what_is_drawn_and_what_waits(forest, block_rows, seed):
+    """Depth first: of each depth, what waits to branch was drawn in one block."""
+    shape, trees = forest
+
+    class Blocks(RandomBackend):
+        def __init__(self, end_probability):
+            super().__init__(seed, end_probability)
+            self.waiting = {}  # node -> depth
+
+        @property
+        def block_rows(self):
+            return block_rows
+
+        def extend(self, trees, wave):
+            if shape.plans_whole_trees:
+                assert len(wave.branches) * wave.num_children <= block_rows or len(set(dict(wave.branches))) == 1
+            else:
+                assert len(wave.branches) * wave.num_children <= max(block_rows, wave.num_children)
+            groups = super().extend(trees, wave)
+            for branch in wave.branches:
+                self.waiting.pop(branch, None)
+            for nodes, group in zip(drawn_nodes(trees, wave), groups, strict=True):
+                for node, segment in zip(nodes, group, strict=True):
+                    if not (segment.ended or wave.is_last):
+                        self.waiting[node] = trees[node[0]].depths[wave.branches[0][1]] + 1
+            by_depth = Counter(self.waiting.values())
+            assert all(count <= max(block_rows, wave.num_children) for count in by_depth.values())
+            return groups
+
+        def release(self, nodes):
+            for node in nodes:
+                self.waiting.pop(node, None)
+
+    backend = Blocks(end_probability=0.2)
+    grown = grow([tree.prompt_ids for tree in trees], shape, backend)
+    assert not backend.waiting
+    for tree in grown:
+        assert len(shape.slots(tree)) == shape.num_leaves
+        assert all(node.parent < index for index, node in enumerate(tree.nodes) if index)
+    without_ends = grow([[1], [2, 3]], shape, Blocks(end_probability=0.0))
+    if isinstance(shape, TreeShape) and shape.delimiters is None:
+        assert all(len(tree.leaves) == shape.num_leaves for tree in without_ends)
 
 
 def test_a_backend_must_draw_for_every_branch():
@@ -72,7 +134,7 @@ def test_a_backend_must_draw_for_every_branch():
 
 def test_shapes_and_waves_are_immutable():
     shape = TreeShape((2, 3), 4, 8)
-    for data in (shape, shape.plan([], 0)[1], ForkShape(1, 1, 1, 1, 1, 8), Delimiters(("\n",), 1)):
+    for data in (shape, plan(shape, [], 0)[1], ForkShape(1, 1, 1, 1, 1, 8), Delimiters(("\n",), 1)):
         assert not hasattr(data, "__dict__")  # there is no room for other fields either
         for each in fields(data):
             with pytest.raises(FrozenInstanceError):

@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from conftest import RandomBackend, any_forests, delimited_shapes, fork_shapes
+from conftest import RandomBackend, any_forests, delimited_shapes, fork_shapes, plan
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -131,14 +131,14 @@ def test_golden_plan_of_forks():
     shape = ForkShape(2, 2, 3, num_rounds=2, min_segment_length=1, max_completion_length=6)
     assert (shape.num_waves, shape.num_leaves, shape.max_depth, shape.longest_segment) == (3, 26, 5, 6)
     empty = [Tree.from_prompt([5]), Tree.from_prompt([6])]
-    trees, wave = shape.plan(empty, 0)
+    trees, wave = plan(shape, empty, 0)
     assert trees == empty and wave.branches == ((0, ROOT), (1, ROOT))
     assert (wave.num_children, wave.max_tokens, wave.is_last, wave.delimiters) == (2, (6, 6), True, None)
     grown = [
         trunks(drawn(0, 1, 3, 2), drawn(0, 1, ended=True)),
         trunks(drawn(5, ended=True), drawn(6, ended=True)),  # nothing to fork
     ]
-    trees, wave = shape.plan(grown, 1)
+    trees, wave = plan(shape, grown, 1)
     # The first trunk is cut at 2 and 3 into nodes 1, 2 and 3; the second at 1 into 4 and 5.
     assert [node.token_ids for node in trees[0].nodes[1:]] == [(2, 3), (4,), (5,), (2,), (3,)]
     assert trees[1] == grown[1]
@@ -164,7 +164,7 @@ def test_forks_keep_their_limits_and_every_path(shape, seed, ends):
     backend, trees = RandomBackend(seed, ends, 0.5), [Tree.from_prompt([5]), Tree.from_prompt([6, 7])]
     for wave_index in range(shape.num_waves):
         before = trees
-        trees, wave = shape.plan(trees, wave_index)
+        trees, wave = plan(shape, trees, wave_index)
         assert wave.branches == tuple(sorted(set(wave.branches)))  # no place forks twice
         for old, cut in zip(before, trees, strict=True):
             assert [cut.completion_ids(leaf) for leaf in cut.leaves] == [
@@ -197,13 +197,13 @@ DELIMITED = TreeShape((2, 2, 2), 4, 20, Delimiters(("\n",), 1))
 
 def test_golden_limits_of_delimited_segments():
     """Inner segments have `segment_length` tokens or what is left, the last what is left."""
-    (tree,), wave = DELIMITED.plan([Tree.from_prompt([5])], 0)
+    (tree,), wave = plan(DELIMITED, [Tree.from_prompt([5])], 0)
     assert (wave.max_tokens, wave.is_last, wave.delimiters) == ((4,), False, DELIMITED.delimiters)
     tree = tree.grow({ROOT: [Segment((7,), False), Segment((7, 7, 7, 7), True)]})
-    (tree,), wave = DELIMITED.plan([tree], 1)
+    (tree,), wave = plan(DELIMITED, [tree], 1)
     assert (wave.branches, wave.max_tokens, wave.delimiters) == (((0, 1),), (4,), DELIMITED.delimiters)
     tree = tree.grow({1: [Segment((8, 8), False), Segment((8, 8, 8), False)]})
-    (tree,), wave = DELIMITED.plan([tree], 2)
+    (tree,), wave = plan(DELIMITED, [tree], 2)
     assert (wave.branches, wave.max_tokens) == (((0, 3), (0, 4)), (17, 16))
     assert (wave.is_last, wave.delimiters) == (True, None)
     assert DELIMITED.longest_segment == 20
@@ -212,10 +212,10 @@ def test_golden_limits_of_delimited_segments():
 def test_a_path_that_is_full_above_the_last_depth_is_a_leaf():
     shape = replace(DELIMITED, max_completion_length=6)
     tree = Tree.from_prompt([5]).grow({ROOT: [Segment((7,) * 4, False), Segment((7,) * 3, False)]})
-    (tree,), wave = shape.plan([tree], 1)
+    (tree,), wave = plan(shape, [tree], 1)
     assert wave.max_tokens == (2, 3)
     tree = tree.grow({1: [Segment((8, 8), False)] * 2, 2: [Segment((8,), False)] * 2})
-    (tree,), wave = shape.plan([tree], 2)
+    (tree,), wave = plan(shape, [tree], 2)
     assert wave.branches == ((0, 5), (0, 6))
     tree = tree.grow({5: [Segment((9,), True)] * 2, 6: [Segment((9, 9), False)] * 2})
     assert [tree.lengths[leaf] for leaf in tree.leaves] == [6, 6, 5, 5, 6, 6]

@@ -6,7 +6,7 @@ from conftest import any_forests, leaf_rewards
 from hypothesis import strategies as st
 
 from treerpo_trl.credit import ScoredTree, assign
-from treerpo_trl.growth import Shape, TreeShape, grow
+from treerpo_trl.growth import Backend, Shape, TreeShape, grow
 from treerpo_trl.tree import ROOT, Segment, Tree
 from treerpo_trl.views import tree_records
 
@@ -89,7 +89,7 @@ def example_records(step: int = 10) -> list[dict]:
     return tree_records(trees, texts, step, shape=TreeShape((2, 2), 9, 18))
 
 
-class TextBackend:
+class TextBackend(Backend):
     """Segments of so many characters, cut into so many tokens; some end."""
 
     def __init__(self, texts: Texts, characters: int, end_probability: float):

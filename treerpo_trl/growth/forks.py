@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..tree import ROOT, Tree
-from .waves import Wave
+from .waves import Place, Wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,11 @@ class ForkShape:
     max_completion_length: int
 
     @property
+    def plans_whole_trees(self) -> bool:
+        """A fork is chosen among all tokens of a trunk's tree, and cuts a node, which moves others."""
+        return True
+
+    @property
     def num_waves(self) -> int:
         """One for the trunks, and one a round."""
         return 1 + self.num_rounds
@@ -61,25 +66,26 @@ class ForkShape:
         """A response without a fork is one segment."""
         return self.max_completion_length
 
-    def plan(self, trees: Sequence[Tree], wave: int) -> tuple[list[Tree], Wave]:
+    def plan(self, trees: Sequence[Tree], wave: int, nodes: Sequence[Place]) -> tuple[list[Tree], Wave]:
         """The trunks, or the forks of a round, of trees that are cut where they fork.
 
         Args:
-            trees: As the waves before left them.
+            trees: As they are.
             wave: Index of the wave, from 0.
+            nodes: Whose trees fork.
         """
+        cut_trees = list(trees)
         if wave == 0:
-            branches = [(index, ROOT) for index in range(len(trees))]
-            cut_trees, num_children = list(trees), self.num_trunks
+            branches, num_children = list(nodes), self.num_trunks
         else:
-            branches, cut_trees, num_children = [], [], self.continuations_per_fork
-            for index, tree in enumerate(trees):
+            branches, num_children = [], self.continuations_per_fork
+            for index in dict.fromkeys(index for index, _ in nodes):
+                tree = trees[index]
                 forks = choose_forks(tree, self.forks_per_trunk, self.min_segment_length)
                 offsets: dict[int, list[int]] = defaultdict(list)
                 for node, offset in sorted(forks):
                     offsets[node].append(offset)
-                cut, before = tree.cut(offsets)
-                cut_trees.append(cut)
+                cut_trees[index], before = tree.cut(offsets)
                 branches += sorted((index, before[fork]) for fork in forks)
         max_tokens = [self.max_completion_length - cut_trees[index].lengths[node] for index, node in branches]
         return cut_trees, Wave(tuple(branches), num_children, tuple(max_tokens), is_last=True)

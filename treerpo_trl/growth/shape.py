@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..tree import Tree
-from .waves import Delimiters, Wave
+from .waves import Delimiters, Place, Wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,11 @@ class TreeShape:
     delimiters: Delimiters | None = None
 
     @property
+    def plans_whole_trees(self) -> bool:
+        """Each node branches by itself."""
+        return False
+
+    @property
     def max_depth(self) -> int:
         """D."""
         return len(self.branching)
@@ -48,12 +53,13 @@ class TreeShape:
         """Most tokens of any segment."""
         return self.segment_length if self.delimiters is None else self.max_completion_length
 
-    def plan(self, trees: Sequence[Tree], wave: int) -> tuple[list[Tree], Wave]:
+    def plan(self, trees: Sequence[Tree], wave: int, nodes: Sequence[Place]) -> tuple[list[Tree], Wave]:
         """Every unfinished node at depth `wave` gets N_(wave + 1) children (TreeRPO, section 3.1).
 
         Args:
-            trees: As the waves before left them.
+            trees: As they are.
             wave: Index of the wave, from 0.
+            nodes: Nodes at that depth.
 
         Returns:
             The trees, unchanged, and the wave; without branches if every path has ended above.
@@ -61,12 +67,12 @@ class TreeShape:
         is_last = wave + 1 == self.max_depth
         runs_on = is_last and self.delimiters is not None
         branches, max_tokens = [], []
-        for tree_index, tree in enumerate(trees):
-            for node_index, node in enumerate(tree.nodes):
-                left = self.max_completion_length - tree.lengths[node_index]
-                if tree.depths[node_index] == wave and not node.ended and left > 0:
-                    branches.append((tree_index, node_index))
-                    max_tokens.append(left if runs_on else min(left, self.segment_length))
+        for tree_index, node_index in nodes:
+            tree = trees[tree_index]
+            left = self.max_completion_length - tree.lengths[node_index]
+            if not tree.nodes[node_index].ended and left > 0:
+                branches.append((tree_index, node_index))
+                max_tokens.append(left if runs_on else min(left, self.segment_length))
         delimiters = None if is_last else self.delimiters
         return list(trees), Wave(tuple(branches), self.branching[wave], tuple(max_tokens), is_last, delimiters)
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from accelerate.utils import gather_object
 from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response
 
@@ -167,10 +166,6 @@ class ToolUse:
                 "images yet; let it answer with text"
             )
         return Answer(completions[0][1:], completion_ids[0][len(path_ids) :], num_calls, num_failures)
-
-    def any_process(self, has_branches: bool) -> bool:
-        """See [`~treerpo_trl.growth.tools.ToolRunner`]."""
-        return any(gather_object([has_branches]))
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

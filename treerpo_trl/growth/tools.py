@@ -73,10 +73,6 @@ class ToolRunner(Protocol):
         """Run the calls of a message, which the path ends with."""
         ...
 
-    def any_process(self, has_branches: bool) -> bool:
-        """Whether any process has branches left."""
-        ...
-
 
 class Dialogues:
     """The [`~treerpo_trl.growth.Responder`] of trees that use tools.
@@ -104,10 +100,6 @@ class Dialogues:
         self.copies: list[Any] = []  # of environments
         self.num_calls = 0  # that were made, whoever shares them
         self._at = {(tree, ROOT): Dialogue(tree, rollout=rollout) for tree, rollout in enumerate(rollouts)}
-
-    def goes_on(self, wave: Wave) -> bool:
-        """See [`~treerpo_trl.growth.Responder`]."""
-        return self.runner.any_process(bool(wave.branches))
 
     def answer(self, trees: Sequence[Tree], wave: Wave, segments: Sequence[Sequence[Segment]]) -> list[list[Segment]]:
         """See [`~treerpo_trl.growth.Responder`]."""

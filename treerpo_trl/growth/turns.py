@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..tree import Tree
 from .shape import TreeShape
-from .waves import Wave
+from .waves import Place, Wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,13 @@ class TurnShape(TreeShape):
         """Most tokens of any segment."""
         return self.max_completion_length
 
-    def plan(self, trees: Sequence[Tree], wave: int) -> tuple[list[Tree], Wave]:
+    def plan(self, trees: Sequence[Tree], wave: int, nodes: Sequence[Place]) -> tuple[list[Tree], Wave]:
         """Unfinished nodes branch by depth as in any tree; then, at depth D, they go on.
 
         Args:
-            trees: As the waves before left them.
+            trees: As they are.
             wave: Index of the wave, from 0.
+            nodes: Nodes at that depth, or at depth D.
 
         Returns:
             The trees, unchanged, and the wave; without branches if every path has ended.
@@ -46,11 +47,11 @@ class TurnShape(TreeShape):
         goes_on = wave >= self.max_depth
         is_last = wave + 1 >= self.max_depth
         branches, max_tokens = [], []
-        for tree_index, tree in enumerate(trees):
-            for node_index, node in enumerate(tree.nodes):
-                left = self.max_completion_length - tree.lengths[node_index]
-                if tree.depths[node_index] == min(wave, self.max_depth) and not node.ended and left > 0:
-                    branches.append((tree_index, node_index))
-                    max_tokens.append(left if is_last else min(left, self.segment_length))
+        for tree_index, node_index in nodes:
+            tree = trees[tree_index]
+            left = self.max_completion_length - tree.lengths[node_index]
+            if not tree.nodes[node_index].ended and left > 0:
+                branches.append((tree_index, node_index))
+                max_tokens.append(left if is_last else min(left, self.segment_length))
         num_children = 1 if goes_on else self.branching[wave]
         return list(trees), Wave(tuple(branches), num_children, tuple(max_tokens), is_last, extends=goes_on)

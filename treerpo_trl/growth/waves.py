@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Protocol
 
-from ..tree import Segment, Tree
+from ..tree import ROOT, Segment, Tree
+
+
+# (index of the tree, index of the node)
+Place = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Wave:
         extends: Whether the branches are leaves that go on: what is drawn becomes a part of them, and no child.
     """
 
-    branches: tuple[tuple[int, int], ...]
+    branches: tuple[Place, ...]
     num_children: int
     max_tokens: tuple[int, ...]
     is_last: bool
@@ -45,6 +50,11 @@ class Wave:
 
 class Shape(Protocol):
     """When and where trees branch, and the rows that they take in a batch."""
+
+    @property
+    def plans_whole_trees(self) -> bool:
+        """Whether a plan needs all of a tree's nodes that may branch, because it compares or moves them."""
+        ...
 
     @property
     def num_waves(self) -> int:
@@ -66,8 +76,14 @@ class Shape(Protocol):
         """Most tokens of a segment."""
         ...
 
-    def plan(self, trees: Sequence[Tree], wave: int) -> tuple[list[Tree], Wave]:
-        """The trees as the wave finds them, and the wave."""
+    def plan(self, trees: Sequence[Tree], wave: int, nodes: Sequence[Place]) -> tuple[list[Tree], Wave]:
+        """The trees as the wave finds them, and the wave.
+
+        Args:
+            trees: As they are.
+            wave: Index of the wave, from 0.
+            nodes: Those that may branch: what a wave before has drawn.
+        """
         ...
 
     def rows_below(self, tree: Tree) -> list[int]:
@@ -80,19 +96,33 @@ class Shape(Protocol):
 
 
 class Backend(Protocol):
-    """Draws segments: prefixes in, segments out."""
+    """Draws segments: prefixes in, segments out. A subclass has to say how, and may leave the rest as it is."""
+
+    @property
+    def block_rows(self) -> int | None:
+        """Most segments that are drawn together; `None` for no limit.
+
+        What does not fit waits until all that grows from those before it is drawn. So the state of at most as many
+        nodes a depth has to be kept.
+        """
+        return None
 
     def extend(self, trees: Sequence[Tree], wave: Wave) -> list[list[Segment]]:
         """Draw the wave's segments: for each branch its children, i.i.d. given the prompt and the path."""
         ...
 
+    def goes_on(self, has_branches: bool) -> bool:
+        """Whether there is another wave. Processes that must call their engine together say the same, as long as one
+        of them has branches; one that has none gets an empty wave.
+        """
+        return has_branches
+
+    def release(self, nodes: Sequence[Place]) -> None:
+        """Let go of nodes that will not branch."""
+
 
 class Responder(Protocol):
     """Says something to what the model wrote: tools, with their results."""
-
-    def goes_on(self, wave: Wave) -> bool:
-        """Whether a wave is drawn. All processes say the same."""
-        ...
 
     def answer(self, trees: Sequence[Tree], wave: Wave, segments: Sequence[Sequence[Segment]]) -> list[list[Segment]]:
         """The wave's segments, with what was said to those that asked for something."""
@@ -104,9 +134,8 @@ def grow(
 ) -> list[Tree]:
     """Grow one tree per prompt.
 
-    The backend is asked once a wave whatever happens, with an empty wave once every path has ended: processes that
-    share a sharded model must make the same calls. With a responder, who decides how many waves there are, growth ends
-    when all processes have no branches left.
+    Waves go to the backend in blocks, and what grows from a block is drawn before the next one: depth first where a
+    wave has several blocks.
 
     Args:
         prompts: Token ids of each prompt.
@@ -115,28 +144,69 @@ def grow(
         responder: Who answers to segments; those that have an answer go on.
 
     Returns:
-        One tree per prompt, in order.
+        One tree per prompt, in order. Nodes are in the order in which they were drawn, siblings together.
     """
     trees = [Tree.from_prompt(prompt) for prompt in prompts]
-    for index in range(shape.num_waves):
-        trees, wave = shape.plan(trees, index)
-        if not (responder.goes_on(wave) if responder is not None else wave.branches or not wave.extends):
-            break
+    drawn: list[Place] = [(index, ROOT) for index in range(len(trees))]
+    waiting: list[tuple[int, Wave]] = []  # blocks and the indices of their waves, the next one last
+    next_wave = 0  # of what was drawn
+    while True:
+        if drawn and next_wave < shape.num_waves:
+            trees, wave = shape.plan(trees, next_wave, drawn)
+            going_on = set(wave.branches)
+            backend.release([node for node in drawn if node not in going_on])
+            blocks = in_blocks(wave, backend.block_rows, shape.plans_whole_trees)
+            waiting += [(next_wave, block) for block in reversed(blocks)]
+        if not backend.goes_on(bool(waiting)):
+            return trees
+        if waiting:
+            index, wave = waiting.pop()
+        else:
+            index, (trees, wave) = next_wave, shape.plan(trees, next_wave, [])
         segments = backend.extend(trees, wave)
         if responder is not None:
             segments = responder.answer(trees, wave, segments)
-        children: list[dict[int, list[Segment]]] = [{} for _ in trees]
-        for (tree_index, node_index), group in zip(wave.branches, segments, strict=True):
-            children[tree_index][node_index] = group
-        trees = [
-            tree.extend({leaf: segment for leaf, (segment,) in group.items()}) if wave.extends else tree.grow(group)
-            for tree, group in zip(trees, children, strict=True)
-        ]
-    return trees
+        drawn, next_wave = [node for nodes in drawn_nodes(trees, wave) for node in nodes], index + 1
+        trees = with_segments(trees, wave, segments)
 
 
-def drawn_nodes(trees: Sequence[Tree], wave: Wave) -> list[list[tuple[int, int]]]:
-    """For each branch, (index of the tree, index of the node) that each of its segments will have in [`grow`]."""
+def in_blocks(wave: Wave, most_rows: int | None, whole_trees: bool) -> list[Wave]:
+    """A wave in parts that draw at most so many segments each, or those of one branch, or of one tree."""
+    if most_rows is None:
+        return [wave] if wave.branches else []
+    blocks: list[list[int]] = []
+    units = groupby(range(len(wave.branches)), key=lambda index: wave.branches[index][0] if whole_trees else index)
+    for _, unit in units:
+        own = list(unit)
+        if not blocks or (len(blocks[-1]) + len(own)) * wave.num_children > most_rows:
+            blocks.append([])
+        blocks[-1] += own
+    return [
+        replace(
+            wave,
+            branches=tuple(wave.branches[index] for index in block),
+            max_tokens=tuple(wave.max_tokens[index] for index in block),
+        )
+        for block in blocks
+    ]
+
+
+def with_segments(trees: Sequence[Tree], wave: Wave, segments: Sequence[Sequence[Segment]]) -> list[Tree]:
+    """The trees with what a wave has drawn."""
+    grown = list(trees)
+    groups: dict[int, dict[int, Sequence[Segment]]] = {}
+    for (tree_index, node_index), group in zip(wave.branches, segments, strict=True):
+        groups.setdefault(tree_index, {})[node_index] = group
+    for index, of_tree in groups.items():
+        if wave.extends:
+            grown[index] = trees[index].extend({leaf: segment for leaf, (segment,) in of_tree.items()})
+        else:
+            grown[index] = trees[index].grow(of_tree)
+    return grown
+
+
+def drawn_nodes(trees: Sequence[Tree], wave: Wave) -> list[list[Place]]:
+    """For each branch, where each of its segments will be in [`grow`]."""
     if wave.extends:
         return [[branch] for branch in wave.branches]
     next_index = [len(tree.nodes) for tree in trees]

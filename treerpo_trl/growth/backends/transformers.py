@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ...tree import Segment, Tree
-from ..waves import Wave, drawn_nodes
+from ..waves import Backend, Place, Wave, drawn_nodes
 from .caches import check_forkable, fork, put_row_state, take_row_state
 from .endings import Endings
 from .options import options_of_segment
@@ -52,7 +52,7 @@ class _Block:
     row_state: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
 
 
-class TransformersBackend:
+class TransformersBackend(Backend):
     """Draws segments with a transformers model.
 
     The prompts are prefilled once. Where segments end at a fixed length, a node's children continue from a fork of
@@ -68,14 +68,14 @@ class TransformersBackend:
         generation_config: How to sample; its length limits are replaced by the wave's.
         eos_token_ids: Every token that ends a completion.
         pad_token_id: What to pad with; it may be one of `eos_token_ids`.
-        max_rows: Most rows to decode at a time. It bounds the memory of decoding; branches that go on are kept, too.
+        max_rows: Most rows to decode at a time, and most branches of a depth whose caches are kept until they go on.
+            With a tree of depth D, the caches of at most D times as many paths are in memory.
         tokenizer: Needed for `generation_config.stop_strings` and delimiters only.
         fork_caches: Whether to continue from forked caches. `False` prefills every prefix again, which is slower and
             draws from the same distribution. `None` tries out on the first prompts whether forks are right for this
             model, and warns if they are not. The attribute of this name has the outcome, for the next backend.
         synced_gpus: Whether processes hold shards of one model, so that all must run it equally often. Each then makes
-            as many calls a wave as the one with most, and each call lasts until all have finished theirs. Every
-            process must bring the same number of trees.
+            as many calls as the one with most, and each call lasts until all have finished theirs.
         statistics: What to note of each token: names of [`TokenStatistics`].
     """
 
@@ -105,43 +105,71 @@ class TransformersBackend:
         self.stop_strings = self.generation_config.stop_strings
         self.generation_config.stop_strings = None
         self.tokenizer = tokenizer
-        self._places: dict[tuple[int, int], tuple[_Block, int]] = {}
+        self._places: dict[Place, tuple[_Block, int]] = {}
+
+    @property
+    def block_rows(self) -> int:
+        """See [`~treerpo_trl.growth.Backend`]."""
+        return self.max_rows
 
     def extend(self, trees: Sequence[Tree], wave: Wave) -> list[list[Segment]]:
         """See [`~treerpo_trl.growth.Backend`]."""
-        branches, num_children = wave.branches, wave.num_children
-        max_tokens = dict(zip(branches, wave.max_tokens, strict=True))
+        num_children = wave.num_children
+        max_tokens = dict(zip(wave.branches, wave.max_tokens, strict=True))
+        drawn_as = dict(zip(wave.branches, drawn_nodes(trees, wave), strict=True))
         if self.fork_caches is None:
             self.fork_caches = self._can_fork([tree.prompt_ids for tree in trees])
-        unknown = [branch for branch in branches if branch not in self._places]
-        if self.synced_gpus and self.fork_caches:
-            self._keep_pace(-(-len(unknown) // self.max_rows))
-        for start in range(0, len(unknown), self.max_rows):
-            self._prefill(trees, unknown[start : start + self.max_rows])
-        drawn_as = dict(zip(branches, drawn_nodes(trees, wave), strict=True))
-        parents_by_block: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for branch in branches:
-            parents_by_block[id(self._places[branch][0])].append(branch)
-        segments: dict[tuple[int, int], list[Segment]] = defaultdict(list)
-        places: dict[tuple[int, int], tuple[_Block, int]] = {}
-        if self.synced_gpus:
-            sizes = [len(parents) * num_children for parents in parents_by_block.values()]
-            self._keep_pace(sum(-(-size // self.max_rows) for size in sizes))
-        for parents in parents_by_block.values():
+        segments: dict[Place, list[Segment]] = defaultdict(list)
+        for parents in self._together(wave.branches):
+            if parents[0] not in self._places:
+                self._prefill(trees, parents)
             rows = [parent for parent in parents for _ in range(num_children)]
+            drawn_places: dict[Place, tuple[_Block, int]] = {}
             for start in range(0, len(rows), self.max_rows):
                 chunk = rows[start : start + self.max_rows]
                 block, drawn = self._draw(chunk, [max_tokens[parent] for parent in chunk], wave)
                 alive = 0
                 for parent, segment in zip(chunk, drawn, strict=True):
                     if block is not None and not segment.ended:
-                        places[drawn_as[parent][len(segments[parent])]] = (block, alive)
+                        drawn_places[drawn_as[parent][len(segments[parent])]] = (block, alive)
                         alive += 1
                     segments[parent].append(segment)
-            for parent in parents:  # frees the block, which no other parent is in
-                del self._places[parent]
-        self._places = places
-        return [segments[branch] for branch in branches]
+            self.release(parents)
+            self._places |= drawn_places
+        return [segments[branch] for branch in wave.branches]
+
+    def _together(self, branches: Sequence[Place]) -> list[list[Place]]:
+        """The branches of each block, and those that are to be prefilled, as many as may be at a time."""
+        blocks: dict[int, list[Place]] = defaultdict(list)
+        num_unknown = 0
+        for branch in branches:
+            if branch in self._places:
+                blocks[id(self._places[branch][0])].append(branch)
+            else:
+                blocks[-1 - num_unknown // self.max_rows].append(branch)
+                num_unknown += 1
+        return list(blocks.values())
+
+    def goes_on(self, has_branches: bool) -> bool:
+        """See [`~treerpo_trl.growth.Backend`]: its processes need not draw the same waves. One that has drawn its last
+        keeps up with the calls of the others, on a token of no matter.
+        """
+        if not has_branches and self.synced_gpus:
+            token = torch.full((1, 1), self.pad_token_id, device=self.model.device)
+            while self._any_calls(False):
+                self._generate_greedily(token, torch.ones_like(token))
+        return has_branches
+
+    def release(self, nodes: Sequence[Place]) -> None:
+        """See [`~treerpo_trl.growth.Backend`]: a block goes with the last of its nodes."""
+        for node in nodes:
+            self._places.pop(node, None)
+
+    def _any_calls(self, has_call: bool) -> bool:
+        """Whether any process makes a call now: those that share a model make theirs together."""
+        flag = torch.tensor(float(has_call), device=self.model.device)
+        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+        return bool(flag.item())
 
     def _can_fork(self, prompts: Sequence[Sequence[int]]) -> bool:
         """Whether forks are right for this model; a warning says why not."""
@@ -154,7 +182,7 @@ class TransformersBackend:
             )
         return fault is None
 
-    def _prefill(self, trees: Sequence[Tree], branches: Sequence[tuple[int, int]]) -> None:
+    def _prefill(self, trees: Sequence[Tree], branches: Sequence[Place]) -> None:
         """Compute prefixes but their last tokens, which `generate` is fed to continue."""
         sampled = [trees[tree_index].completion_ids(node) for tree_index, node in branches]
         prefixes = [
@@ -172,9 +200,8 @@ class TransformersBackend:
         )
         if self.fork_caches and width == 1:
             block.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-            if self.synced_gpus:  # other processes may have prompts to prefill
-                self._generate_greedily(block.input_ids, block.attention_mask)
         elif self.fork_caches:
+            self._keep_pace()
             # This prepares positions, masks and the kind of cache the way the model wants them.
             output = self._generate_greedily(block.input_ids[:, :-1], block.attention_mask[:, :-1])
             block.cache = output.past_key_values
@@ -185,7 +212,7 @@ class TransformersBackend:
             self._places[branch] = (block, row)
 
     def _draw(
-        self, parents: Sequence[tuple[int, int]], max_tokens: Sequence[int], wave: Wave
+        self, parents: Sequence[Place], max_tokens: Sequence[int], wave: Wave
     ) -> tuple[_Block | None, list[Segment]]:
         """One segment below each of `parents` (all of one block), and the block of those that can branch.
 
@@ -202,6 +229,7 @@ class TransformersBackend:
             self.generation_config, input_ids.size(1), block.num_sampled, max(max_tokens), wave.is_last
         )
         watchers = [TokenStatistics(self.statistics, generation_config.temperature)] if self.statistics else []
+        self._keep_pace()
         with _explain_nan():
             output = self.model.generate(
                 input_ids=input_ids,
@@ -227,13 +255,10 @@ class TransformersBackend:
         num_sampled = block.num_sampled + grown.size(1)
         return _Block(output[alive_R], attention_mask, cache, num_sampled, state), drawn
 
-    def _keep_pace(self, num_calls: int) -> None:
-        """Make the calls that this process has fewer in this wave than the one with most, on a token of no matter."""
-        most_calls = torch.tensor(num_calls, device=self.model.device)
-        distributed.all_reduce(most_calls, op=distributed.ReduceOp.MAX)
-        token = torch.full((1, 1), self.pad_token_id, device=self.model.device)
-        for _ in range(int(most_calls) - num_calls):
-            self._generate_greedily(token, torch.ones_like(token))
+    def _keep_pace(self) -> None:
+        """Tell processes that share the model of a call."""
+        if self.synced_gpus:
+            self._any_calls(True)
 
     def _generate_greedily(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """`generate` one token, which leaves the random state alone; what it gives is the cache."""

@@ -22,7 +22,7 @@ from .caches import ROW_STATE, CannotForkError
 # Two prompts of these lengths, so that one is padded. Every process tries the same sizes: shards are gathered in step.
 PROMPT_LENGTHS = (7, 4)
 SHAPE = TreeShape(branching=(2, 2), segment_length=2, max_completion_length=4)
-MAX_ROWS = 3  # so that a chunk holds a part of a group, and the next one the rest
+MAX_ROWS = 4  # so that what is left of a block goes on in parts
 # Largest difference of log-probabilities, averaged over the next token, that rounding explains.
 TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-2, 0.25
 

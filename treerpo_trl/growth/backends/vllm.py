@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...tree import Segment, Tree
 from ..delimiters import DelimiterFinder
-from ..waves import Delimiters, Wave
+from ..waves import Backend, Delimiters, Wave
 from .context import choose_call, find_context_length
 
 
@@ -37,7 +37,7 @@ class _Completion(NamedTuple):
         return _Completion(self.token_ids + more.token_ids, self.logprobs + more.logprobs, more.has_stopped)
 
 
-class VLLMBackend:
+class VLLMBackend(Backend):
     """Draws segments with vLLM, colocated or on a server.
 
     Each child is a request of its own: the prompt and the path as token ids, one completion of at most a segment.
@@ -101,6 +101,10 @@ class VLLMBackend:
             generation.enable_sleep_mode = True
             generation.llm.sleep(level=2)
             generation._llm_weights_sleeping = True
+
+    def goes_on(self, has_branches: bool) -> bool:
+        """See [`~treerpo_trl.growth.Backend`]."""
+        return any(gather_object([has_branches])) if self.is_collective else has_branches
 
     def extend(self, trees: Sequence[Tree], wave: Wave) -> list[list[Segment]]:
         """See [`~treerpo_trl.growth.Backend`]."""
