@@ -156,7 +156,8 @@ def run_gradients(study: Study) -> None:
     """Signal-to-noise ratios of the chosen methods at equal sampled tokens, kept as JSON."""
     futures = {}
     for name, comparison in CREDIT.items():
-        if TASKS[comparison.task].base in PRETRAINED:  # the gradients of all batches are in memory
+        # The gradients of all batches are in memory, for which those of a pretrained model are too large.
+        if name not in study.names or TASKS[comparison.task].base in PRETRAINED:
             continue
         path = study.output_dir / name / SNR
         chosen = {family: study.chosen(name, family) for family in comparison.families}

@@ -145,7 +145,7 @@ def shorter(cost: float) -> dict[str, list[Method]]:
 # Credit that counts tokens, where routes and so responses vary in length.
 LENGTH_COSTS = {
     f"countdown_cost_{cost:g}": Comparison("countdown", shorter(cost), learning_rates=(RATE,), seeds=(0, 1, 2))
-    for cost in (0.1, 0.3)
+    for cost in (0.1, 0.3, 0.6)
 }
 
 COMPARISONS = CREDIT | PROMPTS | LENGTH_COSTS
