@@ -112,8 +112,8 @@ class TreeRPOConfig(GRPOConfig):
             `"token"`: the loss is a mean over all kept tokens (the authors' code). `"node"`: a mean over kept nodes of
             the mean over a node's tokens (eq. 5 as printed).
         max_frontier_rows (`int`, *optional*, defaults to `256`):
-            Most branches decoded at a time. It bounds the memory of decoding; branches that go on are kept besides.
-            vLLM schedules by itself, so it has no effect there.
+            Most branches decoded at a time, and most of each depth whose caches wait until they go on: it bounds the
+            memory of sampling. vLLM schedules by itself, so it has no effect there.
         prefix_sharing (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
             Whether the training forward computes each distinct token of a micro-batch once, instead of row by row. The
             log-probabilities and gradients are those of dense rows. `"auto"` shares if the model can and warns with
@@ -217,7 +217,7 @@ class TreeRPOConfig(GRPOConfig):
     )
     max_frontier_rows: int = field(
         default=256,
-        metadata={"help": "Most branches decoded at a time. It bounds the memory of decoding. No effect with vLLM."},
+        metadata={"help": "Most branches decoded at a time; bounds the memory of sampling. No effect with vLLM."},
     )
     prefix_sharing: Sharing = field(
         default="auto",
