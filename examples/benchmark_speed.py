@@ -7,9 +7,12 @@
 
     python examples/benchmark_speed.py --shapes 2x2x2x2 4x4x4 8x8
 
-Everything is timed interleaved in one process, on random models, on CUDA if there is one. End-of-sequence is
-suppressed and no group is pruned, so that every completion has its full length and every token is trained. The last
-line printed is JSON.
+Everything is timed interleaved in one process, on random models, on CUDA if there is one. No group is pruned, so that
+every token is trained, and every completion has its full length, unless `--mean_length` lets them end early.
+
+Training is held against three ways to compute the same rows: TRL's dense rows; the rows without padding, packed into
+one sequence; and the same with the prompts alone shared. With them stands rho, tokens of the rows by distinct tokens:
+what sharing could gain over rows without padding. The last line printed is JSON.
 """
 
 import argparse
@@ -21,7 +24,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -34,11 +39,14 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.prefix_sharing import pack_rows
+from treerpo_trl.prefix_sharing import forward, pack_rows
 
 
 VOCABULARY_SIZE = 512
 PAD_TOKEN_ID, EOS_TOKEN_ID = 0, 1
+# How the rows of a batch are computed, and the figure that holds it against shared prefixes.
+OTHER_WAYS = {"dense": "train_ratio", "rows": "train_ratio_rows", "prompts": "train_ratio_prompts"}
+WAYS = [*OTHER_WAYS, "tree"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--segment_length", type=int, default=64, help="tokens of a segment")
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--num_prompts", type=int, default=1, help="prompts of a batch")
+    parser.add_argument("--mean_length", type=int, help="of completions that end early, if none had a longest length")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats of each measurement")
     parser.add_argument("--hidden_size", type=int, default=256, help="width of the random Qwen2")
     parser.add_argument("--num_layers", type=int, default=6, help="layers of the random Qwen2")
@@ -90,10 +99,15 @@ def parity_reward(completion_ids, **kwargs):
 def make_trainers(args: argparse.Namespace, branching: list[int], output_dir: str):
     """A GRPOTrainer and a TreeRPOTrainer that draw equally many completions of equal length, ready for their steps."""
     leaves = math.prod(branching)
+    ends = {"suppress_tokens": [EOS_TOKEN_ID]}
+    if args.mean_length is not None:
+        # A random model's tokens are about equally likely.
+        bias = math.log((VOCABULARY_SIZE - 1) / (args.mean_length - 1))
+        ends = {"sequence_bias": [[[EOS_TOKEN_ID], bias]]}
     common = {
         "output_dir": output_dir,
         "per_device_train_batch_size": leaves * args.num_prompts,
-        "generation_kwargs": {"suppress_tokens": [EOS_TOKEN_ID]},
+        "generation_kwargs": ends,
         "bf16": args.bf16,
         "gradient_checkpointing": False,
         "report_to": "none",
@@ -190,30 +204,32 @@ def time_step(trainer, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def loss_and_gradient(trainer, batch: dict[str, Any], share: bool) -> None:
-    """Forward and backward pass of a micro-batch, with shared prefixes or on dense rows."""
-    trainer._prefix_sharing.is_active = share
-    trainer.compute_loss(trainer.model, batch).backward()
+def loss_and_gradient(trainer, batch: dict[str, Any], way: str) -> None:
+    """Forward and backward pass of a micro-batch, computed in one of `WAYS`."""
+    trainer._prefix_sharing.is_active = way != "dense"
+    most_shared = {"rows": 0, "prompts": batch["prompt_ids"].size(1)}.get(way)
+    with patch.object(forward, "pack_rows", partial(pack_rows, most_shared=most_shared)):
+        trainer.compute_loss(trainer.model, batch).backward()
     trainer.model.zero_grad()
     trainer._prefix_sharing.is_active = True
 
 
-def time_training(trainer, batch: dict[str, Any], share: bool) -> float:
+def time_training(trainer, batch: dict[str, Any], way: str) -> float:
     """Seconds of the forward and the backward pass of a batch."""
     start = now()
-    loss_and_gradient(trainer, batch, share)
+    loss_and_gradient(trainer, batch, way)
     return now() - start
 
 
-def peak_memory(trainer, batch: dict[str, Any], share: bool) -> float:
+def peak_memory(trainer, batch: dict[str, Any], way: str) -> float:
     """Most bytes allocated at a time in the forward and the backward pass, beyond what was there before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss_and_gradient(trainer, batch, share)
+        loss_and_gradient(trainer, batch, way)
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss_and_gradient(trainer, batch, share)
+        loss_and_gradient(trainer, batch, way)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     allocated = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -222,13 +238,17 @@ def peak_memory(trainer, batch: dict[str, Any], share: bool) -> float:
     return peak
 
 
-def count_tokens(trainer, batch: dict[str, Any]) -> tuple[int, int]:
-    """Positions of the packed forward, and distinct tokens of the trees."""
+def count_tokens(trainer, batch: dict[str, Any]) -> dict[str, int]:
+    """Positions that are computed in each way, and distinct tokens of the trees."""
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    computed = pack_rows(input_ids, mask, batch["tool_mask"] > 0).input_ids.numel()
-    unique = sum(len(scored.tree.prompt_ids) + scored.tree.num_sampled_tokens for scored in trainer.last_trees)
-    return computed, unique
+    most_shared = {"rows": 0, "prompts": batch["prompt_ids"].size(1), "tree": None}
+    computed = {
+        way: pack_rows(input_ids, mask, batch["completion_mask"] > 0, most_shared=most).input_ids.numel()
+        for way, most in most_shared.items()
+    }
+    distinct = sum(len(scored.tree.prompt_ids) + scored.tree.num_sampled_tokens for scored in trainer.last_trees)
+    return {**computed, "dense": input_ids.numel(), "distinct": distinct}
 
 
 def measure(args: argparse.Namespace, shape: str) -> dict[str, list[float]]:
@@ -239,7 +259,8 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, list[float]]:
         flat, tree = make_trainers(args, branching, output_dir)
         time_step(flat, args), time_step(tree, args)
         batch = tree._generate_and_score_completions(make_batch(tree, args))
-        time_training(tree, batch, share=False), time_training(tree, batch, share=True)
+        for way in WAYS:
+            time_training(tree, batch, way)
         for _ in tqdm(range(args.repeats), desc=shape):
             steps = {"GRPO": time_step(flat, args), "TreeRPO": time_step(tree, args)}
             for name, seconds in steps.items():
@@ -247,11 +268,14 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, list[float]]:
                     figures[f"{name} {phase}"].append(value)
             figures["step_ratio"].append(steps["TreeRPO"]["step"] / steps["GRPO"]["step"])
             figures["sampling_ratio"].append(steps["TreeRPO"]["sampling"] / steps["GRPO"]["sampling"])
-            dense, shared = (time_training(tree, batch, share) for share in (False, True))
-            figures["train_ratio"].append(dense / shared)
-        figures["memory_ratio"] = [peak_memory(tree, batch, share=True) / peak_memory(tree, batch, share=False)]
-        computed, unique = count_tokens(tree, batch)
-        figures["computed_over_unique"] = [computed / unique]
+            seconds = {way: time_training(tree, batch, way) for way in WAYS}
+            for way, name in OTHER_WAYS.items():
+                figures[name].append(seconds[way] / seconds["tree"])
+        figures["memory_ratio"] = [peak_memory(tree, batch, "tree") / peak_memory(tree, batch, "dense")]
+        tokens = count_tokens(tree, batch)
+        figures["computed_over_unique"] = [tokens["tree"] / tokens["distinct"]]
+        figures["rho"] = [tokens["rows"] / tokens["tree"]]
+        figures["share_of_rho"] = [ratio / figures["rho"][0] for ratio in figures["train_ratio_rows"]]
     return figures
 
 
@@ -270,7 +294,11 @@ def main() -> None:
         "TreeRPO own": "share of trees, credit and rows",
         "sampling_ratio": "sampling, TreeRPO / GRPO",
         "step_ratio": "whole step, TreeRPO / GRPO",
-        "train_ratio": "training, dense / shared rows",
+        "train_ratio": "training, dense / shared",
+        "train_ratio_rows": "rows without padding / shared",
+        "train_ratio_prompts": "shared prompts / shared",
+        "rho": "rho: tokens of rows / distinct tokens",
+        "share_of_rho": "share of rho that is reached",
         "memory_ratio": "peak memory, shared / dense rows",
         "computed_over_unique": "tokens computed / distinct tokens",
     }
@@ -285,7 +313,18 @@ def main() -> None:
         ]
         table.add_row(title, *cells)
     Console(width=120).print(table)
-    summary = ["train_ratio", "computed_over_unique", "memory_ratio", "step_ratio", "sampling_ratio", "TreeRPO own"]
+    summary = [
+        "train_ratio",
+        "train_ratio_rows",
+        "train_ratio_prompts",
+        "rho",
+        "share_of_rho",
+        "computed_over_unique",
+        "memory_ratio",
+        "step_ratio",
+        "sampling_ratio",
+        "TreeRPO own",
+    ]
     medians = {
         figure: {shape: round(statistics.median(results[shape][figure]), 4) for shape in args.shapes}
         for figure in summary

@@ -77,9 +77,9 @@ def wanted_paths(rows):
     }
 
 
-@given(rows_of)
-def test_each_token_asked_for_is_predicted_from_exactly_its_own_row(rows):
-    packed = pack(rows)
+@given(rows_of, st.none() | st.integers(0, 12))
+def test_each_token_asked_for_is_predicted_from_exactly_its_own_row(rows, most_shared):
+    packed = pack(rows, most_shared=most_shared)
     paths = paths_in(packed, visible(packed))
     asked = list(needed_tokens(rows))
     assert packed.available_BT.sum() == len(asked)
@@ -89,6 +89,15 @@ def test_each_token_asked_for_is_predicted_from_exactly_its_own_row(rows):
         assert packed.labels[0, source] == rows.input_ids[row, end]
         assert packed.position_ids[0, source] == end - 1
         assert paths[source] == path_of(rows, row, first, end)
+
+
+@given(rows_of)
+def test_rows_may_be_computed_one_by_one(rows):
+    """What is asked for of each row, and no more."""
+    contexts = {row: end - first for row, _, first, end in needed_tokens(rows)}
+    assert pack(rows, most_shared=0).input_ids.numel() == max(1, sum(contexts.values()))
+    sizes = [pack(rows, most_shared=most).input_ids.numel() for most in (0, 4, 8, None)]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 @given(rows_of, st.integers(1, 12))

@@ -59,7 +59,11 @@ class PackedRows:
 
 
 def pack_rows(
-    input_ids_BL: Tensor, attention_mask_BL: Tensor, needed_BT: Tensor, every_token: bool = False
+    input_ids_BL: Tensor,
+    attention_mask_BL: Tensor,
+    needed_BT: Tensor,
+    every_token: bool = False,
+    most_shared: int | None = None,
 ) -> PackedRows:
     """Pack rows so that neighbours' common prefixes are computed once.
 
@@ -70,6 +74,8 @@ def pack_rows(
             needed nor context of something needed is left out.
         every_token: Whether to compute all tokens nevertheless (the load-balancing loss of a mixture of experts
             counts them).
+        most_shared: Most leading columns that rows share; by default, all that they have in common. With 0 each row is
+            computed by itself, without padding; with the columns of the prompts, these alone are shared.
 
     Returns:
         The packed rows, on the device of `input_ids_BL`.
@@ -86,7 +92,7 @@ def pack_rows(
     ends_B = torch.where(needed_BL, column_L, first_B[:, None]).amax(dim=1)
     if every_token:
         ends_B = first_B + real_BL.sum(dim=1)
-    starts, ends = _segments(ids_BL, real_BL, first_B.tolist(), ends_B.tolist())
+    starts, ends = _segments(ids_BL, real_BL, first_B.tolist(), ends_B.tolist(), most_shared)
     grouped, packed_BL, row_S, column_S = _place(first_B.tolist(), starts, ends, num_columns)
 
     is_label_S = torch.zeros(len(row_S), dtype=torch.bool)
@@ -107,11 +113,12 @@ def pack_rows(
 
 
 def _segments(
-    ids_BL: Tensor, real_BL: Tensor, firsts: Sequence[int], wanted_ends: Sequence[int]
+    ids_BL: Tensor, real_BL: Tensor, firsts: Sequence[int], wanted_ends: Sequence[int], most_shared: int | None
 ) -> tuple[list[int], list[int]]:
     """Columns [start, end) that each row computes itself; none (start = end) if the rows before have all it needs."""
     same_BL = (real_BL[1:] == real_BL[:-1]) & ((ids_BL[1:] == ids_BL[:-1]) | ~real_BL[1:])
-    shared = [0, *same_BL.long().cumprod(dim=1).sum(dim=1).tolist()]
+    most = ids_BL.size(1) if most_shared is None else most_shared
+    shared = [0, *same_BL.long().cumprod(dim=1).sum(dim=1).clamp(max=most).tolist()]
     starts, ends = [], []
     computed = 0  # columns of the row before that somebody computes
     for first, end, common in zip(firsts, wanted_ends, shared, strict=True):
