@@ -119,6 +119,7 @@ class Backend(Protocol):
 
     def release(self, nodes: Sequence[Place]) -> None:
         """Let go of nodes that will not branch."""
+        return None
 
 
 class Responder(Protocol):

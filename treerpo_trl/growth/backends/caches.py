@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, cache_utils
+from transformers import Cache, DynamicCache, StoppingCriteria, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -105,3 +106,19 @@ def fork(cache: Cache, rows: Tensor, room: int) -> Cache:
             forked.layers.append(copy.copy(layer))
             forked.layers[-1].batch_select_indices(rows)
     return forked
+
+
+class CacheKeeper(StoppingCriteria):
+    """Keeps a cache as it is at the end of a call of `generate`.
+
+    Processes that run a sharded model together go on until the last one has ended, and the forward passes of those
+    that have ended add to their caches. Criteria are not asked then.
+    """
+
+    def __init__(self, cache: Cache):
+        self.cache = self.kept = cache
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.kept = copy.copy(self.cache)
+        self.kept.layers = [copy.copy(layer) for layer in self.cache.layers]  # later tokens are written elsewhere
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

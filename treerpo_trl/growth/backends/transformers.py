@@ -26,7 +26,7 @@ from transformers import (
 
 from ...tree import Segment, Tree
 from ..waves import Backend, Place, Wave, drawn_nodes
-from .caches import check_forkable, fork, put_row_state, take_row_state
+from .caches import CacheKeeper, check_forkable, fork, put_row_state, take_row_state
 from .endings import Endings
 from .options import options_of_segment
 from .token_statistics import TokenStatistics
@@ -199,12 +199,11 @@ class TransformersBackend(Backend):
             num_sampled=min(map(len, sampled)),
         )
         if self.fork_caches and width == 1:
-            block.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+            block.cache = self._empty_cache()
         elif self.fork_caches:
             self._keep_pace()
             # This prepares positions, masks and the kind of cache the way the model wants them.
-            output = self._generate_greedily(block.input_ids[:, :-1], block.attention_mask[:, :-1])
-            block.cache = output.past_key_values
+            block.cache = self._generate_greedily(block.input_ids[:, :-1], block.attention_mask[:, :-1])
             block.row_state = take_row_state(self.model, torch.arange(len(prefixes)))
         if self.fork_caches:
             check_forkable(block.cache)
@@ -229,6 +228,9 @@ class TransformersBackend(Backend):
             self.generation_config, input_ids.size(1), block.num_sampled, max(max_tokens), wave.is_last
         )
         watchers = [TokenStatistics(self.statistics, generation_config.temperature)] if self.statistics else []
+        keeper = CacheKeeper(cache) if self.synced_gpus and cache is not None else None
+        if keeper is not None:
+            endings.criteria.append(keeper)
         self._keep_pace()
         with _explain_nan():
             output = self.model.generate(
@@ -240,6 +242,7 @@ class TransformersBackend(Backend):
                 stopping_criteria=endings.criteria,
                 **arguments,
             )
+        cache = cache if keeper is None else keeper.kept
         drawn = endings.cut(output, self.eos_token_ids)
         for watcher in watchers:
             drawn = watcher.attach(drawn, output)
@@ -260,9 +263,13 @@ class TransformersBackend(Backend):
         if self.synced_gpus:
             self._any_calls(True)
 
-    def _generate_greedily(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    def _empty_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+
+    def _generate_greedily(self, input_ids: Tensor, attention_mask: Tensor) -> Cache:
         """`generate` one token, which leaves the random state alone; what it gives is the cache."""
-        return self.model.generate(
+        keeper = CacheKeeper(self._empty_cache()) if self.synced_gpus else None
+        output = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=GenerationConfig(
@@ -276,7 +283,10 @@ class TransformersBackend(Backend):
                 disable_compile=True,
             ),
             synced_gpus=self.synced_gpus,
+            **({} if keeper is None else {"past_key_values": keeper.cache, "stopping_criteria": [keeper]}),
         )
+        cache: Cache = output.past_key_values if keeper is None else keeper.kept
+        return cache
 
 
 @contextmanager
