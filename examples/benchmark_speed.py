@@ -113,8 +113,15 @@ def make_trainers(args: argparse.Namespace, branching: list[int], output_dir: st
         "report_to": "none",
         "disable_tqdm": True,
     }
+    # A single tree has no others to be compared with, which the default would.
+    credit = {"advantage_estimator": "treerpo"} if args.num_prompts == 1 else {}
     tree_args = TreeRPOConfig(
-        **common, branching_factor=branching, segment_length=args.segment_length, prune_threshold=None
+        **common,
+        **credit,
+        branching_factor=branching,
+        max_depth=len(branching),
+        segment_length=args.segment_length,
+        prune_threshold=None,
     )
     flat_args = GRPOConfig(
         **common, num_generations=leaves, max_completion_length=len(branching) * args.segment_length

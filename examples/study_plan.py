@@ -101,14 +101,10 @@ CREDIT = {
         budget=Budget("tokens", total=80_000, per_step=4000),
         num_evaluations=4,
     ),
-    # Chains of 8 at this temperature: 3% of the responses are right.
-    "rare_chains": credit(
+    # Chains of 8 at this temperature: 3% of the responses are right. With the learning rate that GRPO chose there.
+    "rare_chains": Comparison(
         "chains_of_8",
-        {
-            "tree": [optimal(4, 4), optimal(4, 4, 4)],
-            "flat": [optimal(2), optimal(16)],
-            "forks": [forks(1, 1), forks(8, 1)],
-        },
+        families={"GRPO": GRPO[:1], "tree": [optimal(4, 4, 4)], "flat": [optimal(16)], "forks": [forks(8, 1)]},
         seeds=(0, 1, 2),
         budget=Budget("tokens", total=160_000, per_step=8000),
         workload={"temperature": 1.2, "num_test": 512},

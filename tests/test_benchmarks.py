@@ -1,0 +1,59 @@
+"""The benchmark scripts run, and what they say of tokens and memory is right."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import benchmark_memory
+import benchmark_speed
+
+from treerpo_trl.growth import TreeShape
+from treerpo_trl.growth.memory import most_cached_tokens
+
+
+SMALL = ["--hidden_size", "64", "--num_layers", "1", "--segment_length", "4", "--prompt_length", "6", "--repeats", "2"]
+
+
+def run(module, words, monkeypatch, capsys) -> dict:
+    """What the last line of a script says."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *words])
+    module.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_speed(monkeypatch, capsys):
+    found = run(benchmark_speed, ["--shapes", "2x2x2", "4x2", *SMALL], monkeypatch, capsys)
+    assert found["train_ratio"].keys() == {"2x2x2", "4x2"}
+    # Eight rows of 6 + 12 tokens, the last of which predicts nothing; in the tree, each branch computes one twice.
+    assert found["rho"]["2x2x2"] == pytest.approx(8 * 17 / (17 + 4 * 4 + 2 * 8 + 12), rel=0.2)
+    assert all(ratio > 0 for figure in found.values() for ratio in figure.values())
+
+
+def test_speed_with_several_prompts_and_early_ends(monkeypatch, capsys):
+    words = ["--shapes", "2x2", "--num_prompts", "3", "--mean_length", "4", *SMALL]
+    full = run(benchmark_speed, ["--shapes", "2x2", "--num_prompts", "3", *SMALL], monkeypatch, capsys)
+    found = run(benchmark_speed, words, monkeypatch, capsys)
+    assert 1 < found["rho"]["2x2"] != full["rho"]["2x2"]
+
+
+def test_the_bound_of_caches():
+    shape = TreeShape((8, 8, 8), segment_length=4, max_completion_length=11)
+    # 2 trees: 16, 128 and 1024 rows, of 10 + 4, 10 + 8 and 10 + 11 tokens.
+    assert most_cached_tokens(shape, 2, 10, max_rows=5000) == 16 * 14 + 128 * 18 + 1024 * 21
+    assert most_cached_tokens(shape, 2, 10, max_rows=64) == 16 * 14 + 64 * 18 + 64 * 21
+    assert most_cached_tokens(shape, 100, 10, max_rows=64) == 64 * (14 + 18 + 21)
+    assert most_cached_tokens(shape, 1000, 10, max_rows=64) == most_cached_tokens(shape, 8, 10, max_rows=64)
+
+
+def test_memory(monkeypatch, capsys):
+    """The peak of a small tree is mostly that of other things, and more with more rows."""
+    monkeypatch.setattr(sys, "argv", [benchmark_memory.__file__, "--shape", "4x4x2", "--num_trees", "4"])
+    args = benchmark_memory.parse_arguments()
+    few, many = (benchmark_memory.measure(args, max_rows) for max_rows in (16, 256))
+    assert few["bound"] == benchmark_memory.BYTES_PER_TOKEN * 16 * (96 + 128 + 160)
+    assert many["bound"] > 2 * few["bound"] and many["peak"] > 1.3 * few["peak"]
