@@ -1,7 +1,7 @@
 # Targets make their own virtual environment; nothing but Python 3.11+ and make has to be there.
 #   PYTHON  the interpreter the environment is made with (default: python3)
 #   VENV    where the environment lives                  (default: .venv)
-#   ARGS    handed on to the command of quickstart, test and test-vllm
+#   ARGS    handed on to the command of quickstart, test, gpu-check and test-vllm
 #   JOBS    how many processes run the tests             (default: 2; 0 runs them in one, as pdb needs it)
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ VLLM_TESTS := $(addprefix tests/test_,backend_vllm.py vllm_tools.py vllm_server.
 SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-vllm lint clean
+.PHONY: help install quickstart test gpu-check test-vllm lint clean
 
 help:  ## Show this list
 	@echo 'usage: make TARGET [ARGS="..."] [JOBS=2] [PYTHON=python3] [VENV=.venv]'
@@ -34,6 +34,9 @@ quickstart: $(STAMP)  ## Run the quickstart on one CPU process, e.g. make quicks
 
 test: $(STAMP)  ## Run the tests, e.g. make test ARGS="-k tree"
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+gpu-check: $(STAMP)  ## Check exactness, speed and memory on one GPU, in minutes; writes gpu-check.json
+	$(BIN)/python examples/gpu_check.py $(ARGS)
 
 test-vllm: $(VLLM_STAMP)  ## Run the tests of vLLM, on the CPU, in an environment of its own
 	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) $(ARGS)

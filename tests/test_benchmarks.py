@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import benchmark_memory
 import benchmark_speed
+import gpu_check
 
 from treerpo_trl.growth import TreeShape
 from treerpo_trl.growth.memory import most_cached_tokens
@@ -50,10 +51,33 @@ def test_the_bound_of_caches():
     assert most_cached_tokens(shape, 1000, 10, max_rows=64) == most_cached_tokens(shape, 8, 10, max_rows=64)
 
 
-def test_memory(monkeypatch, capsys):
-    """The peak of a small tree is mostly that of other things, and more with more rows."""
-    monkeypatch.setattr(sys, "argv", [benchmark_memory.__file__, "--shape", "4x4x2", "--num_trees", "4"])
+def test_memory(monkeypatch):
+    """With more rows at a time there is more in memory."""
+    words = ["--shape", "4x4x2", "--num_trees", "2", "--segment_length", "8", "--prompt_length", "16"]
+    monkeypatch.setattr(sys, "argv", [benchmark_memory.__file__, *words])
     args = benchmark_memory.parse_arguments()
-    few, many = (benchmark_memory.measure(args, max_rows) for max_rows in (16, 256))
-    assert few["bound"] == benchmark_memory.BYTES_PER_TOKEN * 16 * (96 + 128 + 160)
-    assert many["bound"] > 2 * few["bound"] and many["peak"] > 1.3 * few["peak"]
+    few, many = (benchmark_memory.measure(args, max_rows) for max_rows in (8, 64))
+    assert few["bound"] == benchmark_memory.BYTES_PER_TOKEN * 8 * (24 + 32 + 40)
+    assert many["bound"] == benchmark_memory.BYTES_PER_TOKEN * (8 * 24 + 32 * 32 + 64 * 40)
+    assert many["peak"] > 1.3 * few["peak"]
+
+
+def test_the_check_of_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    """Its own numbers say that shared prefixes are exact; a check that fails does not stop the others."""
+
+    def fail(size, lengths):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setitem(gpu_check.CHECKS, "speed", fail)
+    path = tmp_path / "check.json"
+    words = ["--output", str(path), "--steps", "2", "--checks", "exact", "speed", "training"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *words])
+    with pytest.raises(SystemExit, match="1 checks failed"):
+        gpu_check.main()
+    found = json.loads(path.read_text())
+    exact, training = found["exact tiny"], found["training tiny"]
+    assert exact["log_probs_float32"] < 1e-5 and exact["gradient"] < 1e-5 and exact["gradient_has_same_bits_again"]
+    assert exact["log_probs_bf16"] < 2 * exact["log_probs_bf16_dense"] < 0.01
+    assert found["speed tiny"] == {"failed": "RuntimeError: no memory left"}
+    assert training["TreeRPO: losses are finite"] and training["GRPO: seconds"] > 0
+    assert "no memory left" in capsys.readouterr().out
