@@ -32,7 +32,7 @@ from compare_plan import Method, Run, is_complete
 from compare_report import finals, read_curve
 from compare_workload import PRETRAINED, built_in
 from gradient_snr import measure_snr
-from study_plan import COMPARISONS, CREDIT, GRADIENT_BATCHES, LENGTH_COSTS, PROMPTS, RATE, Comparison
+from study_plan import COMPARISONS, CREDIT, GRADIENT_BATCHES, LENGTHS, PROMPTS, RATE, Comparison
 from study_report import (
     Found,
     add_snr,
@@ -227,7 +227,7 @@ def write_report(study: Study) -> None:
 STAGES = {
     "credit": run_comparisons(CREDIT),
     "prompts": run_comparisons(PROMPTS),
-    "lengths": run_comparisons(LENGTH_COSTS),
+    "lengths": run_comparisons(LENGTHS),
     "gradients": run_gradients,
 }
 

@@ -1,6 +1,6 @@
 """What the study compares: methods, tasks, learning rates, seeds and budgets."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compare_plan import Budget, Method
@@ -32,7 +32,7 @@ def forks(num_trunks: int, forks_per_trunk: int) -> Method:
 
 
 GRPO = [Method(f"grpo-{count}", (), count) for count in (8, 4)]
-RATE, SMOLLM2_RATE = 2e-4, 2e-5
+RATE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -105,21 +105,23 @@ CREDIT = {
     "rare_chains": Comparison(
         "chains_of_8",
         families={"GRPO": GRPO[:1], "tree": [optimal(4, 4, 4)], "flat": [optimal(16)], "forks": [forks(8, 1)]},
-        seeds=(0, 1, 2),
+        seeds=tuple(range(8)),
         budget=Budget("tokens", total=160_000, per_step=8000),
         workload={"temperature": 1.2, "num_test": 512},
     ),
-    # A pretrained model. Its steps take half a minute of a core, so it has few, and nothing is chosen for it.
-    "sums": Comparison(
+    # A pretrained model. It wants a GPU: on two cores a run of this size takes hours.
+    "sums": credit(
         "sums",
-        families={"GRPO": GRPO[:1], "flat": [optimal(2)], "forks": [forks(1, 1)]},
-        learning_rates=(SMOLLM2_RATE,),
+        {"flat": [optimal(2)], "forks": [forks(1, 1)]},
         seeds=(0, 1),
-        budget=Budget("tokens", total=12_000, per_step=600),
-        workload={"num_test": 256, "num_validation": 256, "eval_batch_size": 64, "max_rows_per_micro_batch": 48},
-        num_evaluations=2,
-        final_samples=4,
-        curve_problems=128,
+        budget=Budget("tokens", total=400_000, per_step=8000),
+        workload={
+            "num_test": 512,
+            "eval_batch_size": 128,
+            "max_rows_per_micro_batch": 64,
+            "lora_rank": 16,
+            "dtype": "bfloat16",
+        },
     ),
 }
 # About as many prompts a step as GRPO with 8 completions has at 4,000 tokens a step.
@@ -129,20 +131,28 @@ PROMPTS = {
 }
 
 
-def shorter(cost: float) -> dict[str, list[Method]]:
-    """GRPO and forks, responses of the greatest length at this cost."""
-    methods = {"GRPO": GRPO[0], "forks": forks(1, 1)}
-    return {
-        family: [Method(f"{m.name}-cost{cost:g}", m.branching, m.num_generations, m.options, length_cost=cost)]
-        for family, m in methods.items()
-    }
+def costly(method: Method, cost: float) -> Method:
+    """The method, in whose training responses of the greatest length cost so much."""
+    return replace(method, name=f"{method.name}-cost{cost:g}", length_cost=cost)
 
 
-# Credit that counts tokens, where routes and so responses vary in length.
-LENGTH_COSTS = {
-    f"countdown_cost_{cost:g}": Comparison("countdown", shorter(cost), learning_rates=(RATE,), seeds=(0, 1, 2))
-    for cost in (0.1, 0.3, 0.6)
+# Credit that counts tokens, where routes and so responses vary in length; against GRPO without that.
+LENGTHS = {
+    "countdown_lengths": Comparison(
+        "countdown",
+        families={
+            "GRPO": GRPO[:1],
+            "forks": [forks(1, 1)],
+            **{
+                f"{family}, cost {cost:g}": [costly(method, cost)]
+                for cost in (0.1, 0.3, 0.6)
+                for family, method in (("GRPO", GRPO[0]), ("forks", forks(1, 1)))
+            },
+        },
+        learning_rates=(RATE,),
+        seeds=(0, 1, 2),
+    )
 }
 
-COMPARISONS = CREDIT | PROMPTS | LENGTH_COSTS
+COMPARISONS = CREDIT | PROMPTS | LENGTHS
 GRADIENT_BATCHES = 48

@@ -39,7 +39,7 @@ class Found:
 
 def write_comparison(name: str, found: Mapping[str, Found], results_dir: Path) -> None:
     """`NAME.md`, `NAME.png` and `NAME.json`: the last has every measurement of every run."""
-    curves = {LABELS[family]: entry.curves for family, entry in found.items()}
+    curves = {LABELS.get(family, family): entry.curves for family, entry in found.items()}
     (results_dir / f"{name}.md").write_text(table(curves) + "\n")
     draw(curves, name, results_dir / f"{name}.png")
     runs = {family: [plain(curve) for curve in entry.curves] for family, entry in found.items()}

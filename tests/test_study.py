@@ -17,7 +17,7 @@ import study_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "examples" / "results"
-FEW = ["countdown", "chains_of_8", "few_shot_chains", "countdown_prompts", "countdown_cost_0.1"]
+FEW = ["countdown", "chains_of_8", "few_shot_chains", "countdown_prompts", "countdown_lengths"]
 BUDGETS = ("delta_tokens", "delta_time", "delta_prompts")
 
 
