@@ -110,12 +110,6 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "lay_out: …en for node in nodes] + [False] * missing)  ->  …en for node in nodes] + [True] * missing)",
         ],
     },
-    "growth.waves": {
-        "both are made of equal length; the check is for readers": [
-            "grow: …up in zip(trees, children, strict=True)]  ->  …up in zip(trees, children)]",
-            "grow: …(trees, children, strict=True)]  ->  …(trees, children, strict=False)]",
-        ],
-    },
     "prefix_sharing.attention": {
         "any shape of four dimensions that no mask has does; nobody reads the values": [
             "module: NO_MASK_SHAPE = (1, 1, 1, 1)  ->  NO_MASK_SHAPE = (0, 1, 1, 1)",

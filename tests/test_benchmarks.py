@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from treerpo_trl.growth.memory import most_cached_tokens
 SMALL = ["--hidden_size", "64", "--num_layers", "1", "--segment_length", "4", "--prompt_length", "6", "--repeats", "2"]
 
 
-def run(module, words, monkeypatch, capsys) -> dict:
+def run(module, words, monkeypatch, capsys) -> Any:
     """What the last line of a script says."""
     monkeypatch.setattr(sys, "argv", [module.__file__, *words])
     module.main()
@@ -51,12 +52,10 @@ def test_the_bound_of_caches():
     assert most_cached_tokens(shape, 1000, 10, max_rows=64) == most_cached_tokens(shape, 8, 10, max_rows=64)
 
 
-def test_memory(monkeypatch):
+def test_memory(monkeypatch, capsys):
     """With more rows at a time there is more in memory."""
     words = ["--shape", "4x4x2", "--num_trees", "2", "--segment_length", "8", "--prompt_length", "16"]
-    monkeypatch.setattr(sys, "argv", [benchmark_memory.__file__, *words])
-    args = benchmark_memory.parse_arguments()
-    few, many = (benchmark_memory.measure(args, max_rows) for max_rows in (8, 64))
+    few, many = run(benchmark_memory, [*words, "--max_frontier_rows", "8", "64"], monkeypatch, capsys)
     assert few["bound"] == benchmark_memory.BYTES_PER_TOKEN * 8 * (24 + 32 + 40)
     assert many["bound"] == benchmark_memory.BYTES_PER_TOKEN * (8 * 24 + 32 * 32 + 64 * 40)
     assert many["peak"] > 1.3 * few["peak"]

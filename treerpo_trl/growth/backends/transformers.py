@@ -199,7 +199,7 @@ class TransformersBackend(Backend):
             num_sampled=min(map(len, sampled)),
         )
         if self.fork_caches and width == 1:
-            block.cache = self._empty_cache()
+            block.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         elif self.fork_caches:
             self._keep_pace()
             # This prepares positions, masks and the kind of cache the way the model wants them.
@@ -229,8 +229,7 @@ class TransformersBackend(Backend):
         )
         watchers = [TokenStatistics(self.statistics, generation_config.temperature)] if self.statistics else []
         keeper = CacheKeeper(cache) if self.synced_gpus and cache is not None else None
-        if keeper is not None:
-            endings.criteria.append(keeper)
+        endings.criteria += [] if keeper is None else [keeper]
         self._keep_pace()
         with _explain_nan():
             output = self.model.generate(
@@ -263,12 +262,10 @@ class TransformersBackend(Backend):
         if self.synced_gpus:
             self._any_calls(True)
 
-    def _empty_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
-
-    def _generate_greedily(self, input_ids: Tensor, attention_mask: Tensor) -> Cache:
+    def _generate_greedily(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """`generate` one token, which leaves the random state alone; what it gives is the cache."""
-        keeper = CacheKeeper(self._empty_cache()) if self.synced_gpus else None
+        config = self.model.config.get_text_config(decoder=True)
+        keeper = CacheKeeper(DynamicCache(config=config)) if self.synced_gpus else None
         output = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -285,8 +282,7 @@ class TransformersBackend(Backend):
             synced_gpus=self.synced_gpus,
             **({} if keeper is None else {"past_key_values": keeper.cache, "stopping_criteria": [keeper]}),
         )
-        cache: Cache = output.past_key_values if keeper is None else keeper.kept
-        return cache
+        return output.past_key_values if keeper is None else keeper.kept
 
 
 @contextmanager
