@@ -8,8 +8,8 @@ from conftest import RandomBackend, any_forests, forests, plan, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treerpo_trl.growth import Delimiters, ForkShape, TreeShape, grow
-from treerpo_trl.growth.waves import drawn_nodes
+from treerpo_trl.growth import Delimiters, ForkShape, TreeShape, Wave, grow
+from treerpo_trl.growth.waves import drawn_nodes, in_blocks
 from treerpo_trl.tree import ROOT, Segment, Tree
 
 
@@ -76,6 +76,17 @@ def test_processes_that_call_together_get_empty_waves_until_the_last_has_no_bran
     backend = Together(0, end_probability=1.0)
     grow([[1], [2]], TreeShape((2, 2, 2), 3, 9), backend)
     assert backend.calls == [2, 0, 0]
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 9), st.booleans())
+def test_blocks_are_the_parts_of_a_wave(branches_by_tree, num_children, most_rows, whole_trees):
+    branches = tuple((tree, node) for tree, count in enumerate(branches_by_tree) for node in range(count))
+    wave = Wave(branches, num_children, tuple(range(len(branches))), is_last=True)
+    blocks = in_blocks(wave, most_rows, whole_trees)
+    assert tuple(branch for block in blocks for branch in block.branches) == branches
+    assert tuple(most for block in blocks for most in block.max_tokens) == wave.max_tokens
+    if whole_trees:
+        assert sum(len({tree for tree, _ in block.branches}) for block in blocks) == len(branches_by_tree)
 
 
 @given(any_forests(), st.integers(1, 12), st.integers(0, 100))
