@@ -35,7 +35,7 @@ quickstart: $(STAMP)  ## Run the quickstart on one CPU process, e.g. make quicks
 test: $(STAMP)  ## Run the tests, e.g. make test ARGS="-k tree"
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-gpu-check: $(STAMP)  ## Check exactness, speed and memory on one GPU, in minutes; writes gpu-check.json
+gpu-check: $(STAMP)  ## Check exactness, speed and memory on one GPU; writes gpu-check.json
 	$(BIN)/python examples/gpu_check.py $(ARGS)
 
 test-vllm: $(VLLM_STAMP)  ## Run the tests of vLLM, on the CPU, in an environment of its own

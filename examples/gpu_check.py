@@ -3,7 +3,7 @@
 #     "treerpo-trl",
 # ]
 # ///
-"""Check on one GPU, in minutes: are shared prefixes exact, what do trees save, and does training run?
+"""Check on one GPU: are shared prefixes exact, what do trees save, and does training run?
 
     make gpu-check
 
