@@ -21,7 +21,7 @@ VLLM_TESTS := $(addprefix tests/test_,backend_vllm.py vllm_tools.py vllm_server.
 SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test gpu-check test-vllm lint clean
+.PHONY: help install quickstart test gpu-check test-vllm lint docs clean
 
 help:  ## Show this list
 	@echo 'usage: make TARGET [ARGS="..."] [JOBS=2] [PYTHON=python3] [VENV=.venv]'
@@ -46,8 +46,11 @@ lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## Build the documentation into site/; a warning is an error
+	$(BIN)/mkdocs build --strict
+
 clean:  ## Remove the virtual environments, caches and build outputs
-	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment without pip, or one whose installation was cut short, is made anew; any other is kept and updated.

@@ -144,7 +144,7 @@ def in_points(name: str, numbers: Mapping[str, Any], source: str) -> dict[str, f
 
 
 def headline_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: a row a task, as in the README."""
+    """Markdown: a row a task, as in docs/results.md."""
     columns = ["task", "Pass@1 before", "GRPO", "trees", "points above GRPO, equal tokens", "equal CPU time",
                "equal prompts", "flat samples: equal tokens", "equal CPU time", "equal prompts", "seeds"]  # fmt: skip
     lines = [columns, ["---"] * len(columns)]

@@ -40,7 +40,7 @@ With `--resume_from_checkpoint true` a run that was killed goes on from its newe
 the beginning if there is none yet.
 
 Add `--use_vllm --vllm_mode server --vllm_server_host HOST` to have a vLLM server grow the trees, or
-`--use_vllm --vllm_mode colocate` for engines beside the model; the README's "Scaling" says how to start the one.
+`--use_vllm --vllm_mode colocate` for engines beside the model; docs/scaling.md says how to start a server.
 """
 
 import importlib

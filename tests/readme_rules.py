@@ -1,4 +1,4 @@
-"""What is done with a code block of a README, by its language, and with a command, by its first word."""
+"""What is done with a code block of the documentation, by its language, and with a command, by its first word."""
 
 import argparse
 import re
@@ -109,6 +109,17 @@ def check_pip(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert option not in ("-c", "-r") or Path(file).is_file()
 
 
+def check_git(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one line that clones; the address is that of the package."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    assert words[1:] == ["clone", project["urls"]["Repository"]], "fill in [project.urls], and the same address here"
+
+
+def check_cd(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into what was cloned."""
+    assert words[1:] == ["treerpo_trl"]
+
+
 def check_vllm(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """No options are parsed: vLLM has an environment of its own, whose tests start this server."""
     assert words[1] == "serve" and "/" in words[2]
@@ -117,6 +128,8 @@ def check_vllm(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 # By the first word of a command.
 COMMANDS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
     "accelerate": check_launch,
+    "cd": check_cd,
+    "git": check_git,
     "make": check_make,
     "pip": check_pip,
     "python": check_python,

@@ -47,11 +47,11 @@ def test_every_option_is_described_where_trl_users_look():
     upstream = {field.name: field for field in dataclasses.fields(GRPOConfig)}
     own = [field for field in dataclasses.fields(TreeRPOConfig) if field.name not in upstream]
     assert {"branching_factor", "log_trees"} <= {field.name for field in own}
-    docstring, readme = TreeRPOConfig.__doc__, (ROOT / "README.md").read_text()
+    docstring, page = TreeRPOConfig.__doc__, (ROOT / "docs" / "options.md").read_text()
     for field in own:
         assert f"\n        {field.name} (" in docstring, f"{field.name} is not in TreeRPOConfig's docstring"
         assert field.metadata.get("help"), f"{field.name} has no help"
-        assert f"`{field.name}`" in readme, f"{field.name} is not in the README"
+        assert f"`{field.name}`" in page, f"{field.name} is not in docs/options.md"
 
 
 def as_value(text):
@@ -63,7 +63,7 @@ def as_value(text):
 
 
 def test_the_docstring_names_the_defaults():
-    """Those that are derived from others are in the table of the README."""
+    """Those that are derived from others are in the table of docs/options.md."""
     described = re.findall(r"\n        (\w+) \(.*, defaults to [^`]*`(.+?)`\):", TreeRPOConfig.__doc__)
     assert {"advantage_estimator", "prune_threshold", "log_trees"} <= {name for name, _ in described}
     fields = {field.name: field for field in dataclasses.fields(TreeRPOConfig)}
@@ -74,10 +74,10 @@ def test_the_docstring_names_the_defaults():
         assert default == expected, f"{name}: {default!r}, and the docstring says {text}"
 
 
-def test_the_readme_names_the_defaults():
+def test_the_page_of_options_names_the_defaults():
     """Every row of the table of parameters against a configuration that was given nothing."""
-    readme = (ROOT / "README.md").read_text()
-    table = readme.split("| Parameter | Default | Meaning |\n")[1].split("\n\n")[0].splitlines()[1:]
+    page = (ROOT / "docs" / "options.md").read_text()
+    table = page.split("| Parameter | Default | Meaning |\n")[1].split("\n\n")[0].splitlines()[1:]
     config = TreeRPOConfig("out", bf16=False, report_to="none")
     compared = []
     for row in table:
@@ -86,6 +86,6 @@ def test_the_readme_names_the_defaults():
             if text not in vars(config):
                 default = getattr(config, name)
                 expected = [as_value(text)] * config.max_depth if name == "branching_factor" else as_value(text)
-                assert default == expected, f"{name}: {default!r}, and the README says {text}"
+                assert default == expected, f"{name}: {default!r}, and docs/options.md says {text}"
                 compared.append(name)
     assert len(compared) >= 15

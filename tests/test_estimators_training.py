@@ -148,11 +148,11 @@ def test_yaml_takes_them(tmp_path, yaml, expected):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_every_estimator_is_documented_where_people_look_for_it(name):
-    """In the class, in the help of the command line, and in the README."""
+    """In the class, in the help of the command line, and in the page on choosing a tree."""
     fields = TreeRPOConfig.__dataclass_fields__
     assert f'`"{name}"`' in TreeRPOConfig.__doc__
     assert f"'{name}'" in fields["advantage_estimator"].metadata["help"]
-    assert f'`"{name}"`' in (Path(__file__).parents[1] / "README.md").read_text()
+    assert f'`"{name}"`' in (Path(__file__).parents[1] / "docs" / "choose.md").read_text()
 
 
 @pytest.mark.parametrize(

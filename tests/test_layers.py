@@ -88,7 +88,7 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_only_go_up(path):
     layer = layer_of(path)
     assert layer in ALLOWED, (
-        f"{path.name} has no place in the layout; give it one in this table and in CONTRIBUTING.md"
+        f"{path.name} has no place in the layout; give it one in this table and in docs/developing.md"
     )
     own = f"treerpo_trl.{layer}"
     allowed = ALLOWED[layer] | STANDARD | {own}

@@ -1,4 +1,4 @@
-"""Every code block of the READMEs is run, or at least parsed by what it is for.
+"""Every code block of the READMEs and of the documentation is run, or at least parsed by what it is for.
 
 LANGUAGES and COMMANDS, in `readme_rules.py`, say what is done with a block and with a command. One without a rule
 fails.
@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,8 @@ from tool_policy import call, make_tool_policy
 from transformers import LlamaConfig
 
 
-READMES = ["README.md", "examples/README.md"]
+READMES = ["README.md", "examples/README.md", "CONTRIBUTING.md"]
+READMES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 # What the blocks ask the Hub for.
 MODELS = ["Qwen/Qwen2.5-0.5B-Instruct"]
 TOOL_MODELS = ["Qwen/Qwen3-0.6B"]
@@ -68,7 +70,7 @@ def save_model(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All processes at once, by name: the Python blocks of a file, and each launch."""
+    """All processes, two at a time, by name: the Python blocks of a file, and each launch."""
     folder = tmp_path_factory.mktemp("readme")
     save_model(folder / "model")
     # One batch of the examples: the blocks train for as many epochs as they like.
@@ -95,23 +97,25 @@ def runs(tmp_path_factory):
             commands[file] = [sys.executable, script, str(folder / f"{len(commands)}.json")]
     for words in LAUNCHES:
         commands[shlex.join(words)] = substitute(words)
-    outputs, processes = {}, {}
-    with hub.serving():
-        try:
-            for name, command in commands.items():
-                work = folder / f"work-{len(processes)}"
-                work.mkdir()
-                outputs[name] = work / "output"
-                with outputs[name].open("w") as output:
-                    environment = {**hub.environment(work), "CUDA_VISIBLE_DEVICES": ""}
-                    processes[name] = subprocess.Popen(
-                        command, cwd=work, env=environment, stdout=output, stderr=subprocess.STDOUT
-                    )
-            codes = {name: process.wait(timeout=300) for name, process in processes.items()}
-        finally:
-            for process in processes.values():
-                process.kill()
-    return SimpleNamespace(hub=hub, codes=codes, outputs={name: path.read_text() for name, path in outputs.items()})
+
+    def run(number: int, command: list[str]) -> tuple[int, str]:
+        work = folder / f"work-{number}"
+        work.mkdir()
+        (work / "examples").symlink_to(ROOT / "examples")  # as in a clone
+        with (work / "output").open("w") as output:
+            environment = {**hub.environment(work), "CUDA_VISIBLE_DEVICES": ""}
+            done = subprocess.run(
+                command, cwd=work, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=300
+            )
+        return done.returncode, (work / "output").read_text()
+
+    with hub.serving(), ThreadPoolExecutor(2) as pool:
+        done = dict(zip(commands, pool.map(run, range(len(commands)), commands.values()), strict=True))
+    return SimpleNamespace(
+        hub=hub,
+        codes={name: code for name, (code, _) in done.items()},
+        outputs={name: output for name, (_, output) in done.items()},
+    )
 
 
 @pytest.mark.slow

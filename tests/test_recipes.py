@@ -314,8 +314,9 @@ def check_python(words: list[str]) -> None:
 
 
 def check_server(words: list[str]) -> None:
-    """The README's line, with the model and the GPUs."""
-    (block,) = [block for block in blocks((ROOT / "README.md").read_text()) if "vllm serve" in block]
+    """The line of the page on vLLM, with the model and the GPUs."""
+    page = (ROOT / "docs" / "scaling.md").read_text().replace("```bash\n", "```\n")
+    (block,) = [block for block in blocks(page) if "vllm serve" in block]
     documented = next(commands(f"```\n{block}```\n"))
     assert words[3:5] == ["--tensor-parallel-size", "4"]
     assert words[:2] + words[5:] == documented[:2] + documented[3:]

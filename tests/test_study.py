@@ -1,4 +1,4 @@
-"""The study: its report from complete runs, and the committed results against what the README says of them."""
+"""The study: its report from complete runs, and the committed results against what the documentation says of them."""
 
 import json
 import shutil
@@ -170,10 +170,10 @@ def test_the_committed_results_are_what_the_study_writes():
         assert (RESULTS / f"{name}.png").exists()
 
 
-def test_the_readme_states_the_committed_results():
-    readme, summary = (ROOT / "README.md").read_text(), json.loads((RESULTS / "summary.json").read_text())
+def test_the_documentation_states_the_committed_results():
+    page, summary = (ROOT / "docs" / "results.md").read_text(), json.loads((RESULTS / "summary.json").read_text())
     headline = (RESULTS / "headline.md").read_text()
     assert headline == study_report.headline_table(summary)
-    assert headline in readme
+    assert headline in page
     paper = RESULTS / "paper_credit"
     assert (paper / "headline.md").read_text() in (paper / "README.md").read_text()
