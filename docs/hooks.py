@@ -1,4 +1,4 @@
-"""What MkDocs does not do by itself: links to files outside docs/, and the repository's address from pyproject.toml."""
+"""What MkDocs does not do itself: links to files outside docs/, and the repository's address from pyproject.toml."""
 
 import logging
 import re
