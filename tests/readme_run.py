@@ -1,4 +1,4 @@
-"""What `test_readme.py` runs in a process whose Hub is a local one: a file's Python blocks, in order, in one namespace.
+"""What `test_readme.py` runs in a process whose Hub is a local one: Python blocks, in order, in one namespace.
 
 `python readme_run.py FILE`, with the blocks as a JSON list of [line, code]. It prints each line when its block begins.
 The blocks are for a machine with a GPU and with time. All that is done for one without is that by default `use_cpu` is

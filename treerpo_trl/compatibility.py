@@ -1,4 +1,4 @@
-"""What of GRPOConfig does not work on trees, or would be silently without effect, with the reason and what to use."""
+"""Options of GRPOConfig that trees cannot honour. Each is refused with the reason and an alternative."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TreeRPOConfig: TRL's GRPOConfig with the shape of the tree and what is made of its rewards."""
+"""TreeRPOConfig: TRL's GRPOConfig with the shape of the tree and how its rewards become advantages."""
 
 from __future__ import annotations
 
@@ -38,41 +38,41 @@ class TreeRPOConfig(GRPOConfig):
     Parameters:
         branching_factor (`int` or `list[int]`, *optional*, defaults to `2`):
             Number of children of each unfinished node: one number for every depth, or one per depth (N_1 .. N_D).
-            `1` is taken with `advantage_estimator="optimal_baseline"` only: the others compare nodes of one tree.
+            `1` needs `advantage_estimator="optimal_baseline"`: the other estimators compare nodes of one tree.
         max_depth (`int`, *optional*):
             Depth D of the tree. Defaults to the length of `branching_factor` if that has several numbers, else to `2`.
         segment_length (`int`, *optional*):
-            Most tokens of a segment, at which it branches (the paper's L_step). Defaults to `max_completion_length`
-            divided by `max_depth`, rounded up, if that is given, else to `128`.
+            Maximum number of tokens of a segment; the tree branches there (the paper's L_step). Defaults to
+            `max_completion_length` divided by `max_depth`, rounded up, if that is given, else to `128`.
         split_rule (`str`, *optional*):
             Where a tree branches. Defaults to `"turn"` if there are tools and no `segment_length`, else to `"length"`.
 
-            - `"length"`: each segment has `segment_length` tokens, as in the paper; with tools, a turn ends one, too.
-            - `"turn"`: with tools, a segment is a turn of the model with what tools answered. Those at depth D go on
-              with more turns until one calls no tool.
-            - `"delimiter"`: a segment ends after one of `step_delimiters`, or after `segment_length` tokens. Those at
-              depth D run to the end of the completion.
-            - `"uncertainty"`: `num_trunks` whole responses are drawn first. Then, in each of `fork_rounds` rounds,
+            - `"length"`: each segment has `segment_length` tokens, as in the paper. With tools, a turn ends one too.
+            - `"turn"`: with tools, a segment is a turn of the model and what tools answered. A segment at depth D goes
+              on with more turns until one calls no tool.
+            - `"delimiter"`: a segment ends after one of `step_delimiters`, or after `segment_length` tokens. Segments
+              at depth D run to the end of the completion.
+            - `"uncertainty"`: first, `num_trunks` whole responses are drawn. Then, in each of `fork_rounds` rounds,
               each of them forks at its `forks_per_trunk` least certain tokens into `continuations_per_fork` new
               continuations to the end, beside the one it has (EPTree of TreeRL). `branching_factor`, `max_depth` and
-              `segment_length` are not used. This and `"delimiter"` do not work with tools.
+              `segment_length` are not used. This rule and `"delimiter"` do not work with tools.
         step_delimiters (`list[str]`, *optional*, defaults to a blank line, `["\n\n"]`):
-            With `split_rule="delimiter"`: texts that end a segment, if they stand in its own tokens as a whole.
+            With `split_rule="delimiter"`: texts that end a segment. A text must lie wholly within the segment.
         min_segment_length (`int`, *optional*, defaults to `1`):
-            With `"delimiter"`, fewest tokens of a segment that a delimiter ends; with `"uncertainty"`, fewest tokens
-            that a fork leaves on either side of it in the segment it cuts.
+            With `"delimiter"`, the minimum number of tokens of a segment that a delimiter ends. With `"uncertainty"`,
+            the minimum number of tokens that a fork leaves on either side of it in the segment it cuts.
         num_trunks (`int`, *optional*, defaults to `1`):
-            With `split_rule="uncertainty"`: M, whole responses a prompt. A single one has no siblings, so it takes
-            `advantage_estimator="optimal_baseline"`.
+            With `split_rule="uncertainty"`: M, the number of whole responses per prompt. A single one has no siblings,
+            so it needs `advantage_estimator="optimal_baseline"`.
         forks_per_trunk (`int`, *optional*, defaults to `1`):
-            K, forks of each trunk and all that has grown from it, a round; fewer where there are not as many places.
+            K, the number of forks per round of each trunk with all that has grown from it. It may find fewer places.
         continuations_per_fork (`int`, *optional*, defaults to `1`):
-            T, new continuations of each fork.
+            T, the number of new continuations of each fork.
         fork_rounds (`int`, *optional*, defaults to `1`):
-            L, rounds of forks.
+            L, the number of rounds of forks.
         uncertainty_measure (`str`, *optional*, defaults to `"surprisal"`):
-            How uncertain the policy was of a token: `"surprisal"`, -log p of the token that was drawn; or `"entropy"`
-            of the distribution, which vLLM does not report.
+            How to measure that the policy was uncertain of a token: `"surprisal"`, -log p of the token that was drawn,
+            or `"entropy"` of the distribution, which vLLM does not report.
         advantage_estimator (`str`, *optional*, defaults to `"optimal_baseline"`):
             How the value V of a node becomes its advantage. Against its siblings, whose values have the mean mu:
 
@@ -82,49 +82,49 @@ class TreeRPOConfig(GRPOConfig):
             - `"centered"`: V - mu, as Dr. GRPO. Leaves the scale of the rewards as it is.
             - `"leave_one_out"`: V - mean of the other siblings, as RLOO: `"centered"` without its bias.
 
-            Against its tree, n leaves below the node:
+            Against its tree, with n leaves below the node:
 
             - `"parent"`: V - V(parent), as SPO-tree.
             - `"tree_mean"`: V - mean reward of the leaves that are not below the node. Unbiased.
             - `"treerl"`: sqrt(n) (2 V - V(root) - V(parent)), as TreeRL.
-            - `"treepo"`: n times the mean over the node's ancestors of V - V(ancestor), as TreePO; then divided by the
-              root mean square over the tokens of the batch.
-            - `"tree_grpo"`: the sum over the leaves below of their rewards, normalized as in GRPO within what hangs
-              below one child of the root, and within the tree, as Tree-GRPO; then divided likewise.
+            - `"treepo"`: n times the mean over the node's ancestors of V - V(ancestor), as TreePO, divided by the root
+              mean square over the tokens of the batch.
+            - `"tree_grpo"`: the sum over the leaves below of their rewards, normalized as in GRPO, once within the
+              branch of the root's child and once within the tree, as Tree-GRPO, divided likewise.
 
             Against the other trees of the batch:
 
-            - `"optimal_baseline"`: sqrt(n) (V - b), n rows of the batch through the node, b the baseline that leaves
-              least noise in the gradient, fitted by depth to the other trees; then divided by the root mean square.
-              For small trees, also of a single path (`branching_factor=1`), with many prompts a batch.
+            - `"optimal_baseline"`: sqrt(n) (V - b), divided likewise. n is the number of rows of the batch that pass
+              through the node. b is the baseline that leaves the least noise in the gradient, fitted by depth to the
+              other trees. For small trees, or single paths (`branching_factor=1`), and many prompts per batch.
         prune_threshold (`float` or `None`, *optional*, defaults to `0.1`):
             tau: a group is trained if and only if max - min of its values exceeds it. It is in units of the reward
-            (the weighted sum of the reward functions): for rewards that do not go from 0 to 1, take about a tenth of
-            what lies between good and bad ones. `None`, or a negative number, keeps every group. One that no group
-            can exceed, such as 1 for rewards in [0, 1], is an error. It has no effect with estimators that compare a
-            node with more than its siblings: they prune nothing.
+            (the weighted sum of the reward functions). If rewards do not go from 0 to 1, take about a tenth of the
+            difference between good and bad ones. `None`, or a negative number, keeps every group. A threshold that no
+            group can exceed, such as 1 for rewards in [0, 1], is an error. It has no effect with estimators that
+            compare a node with more than its siblings: they prune nothing.
         min_advantage (`float`, *optional*, defaults to `0.0`):
-            Tokens of nodes whose advantage is smaller, in absolute value, are left out of the training forward and of
-            the loss, which is still divided by the number of all. It saves time where most advantages are small, as
-            with `"optimal_baseline"`, whose advantages have the root mean square 1, on tasks with few right answers.
-            The gradient is biased by what is left out. Tokens that are left out have no KL or entropy term either.
+            Tokens of nodes with a smaller advantage, in absolute value, are left out of the training forward and the
+            loss, which is still divided by the number of all tokens. This saves time where most advantages are small,
+            as with `"optimal_baseline"` (whose advantages have the root mean square 1) if few answers are right. It
+            biases the gradient. Tokens that are left out have no KL or entropy term either.
         loss_weighting (`str`, *optional*, defaults to `"token"`):
             `"token"`: the loss is a mean over all kept tokens (the authors' code). `"node"`: a mean over kept nodes of
             the mean over a node's tokens (eq. 5 as printed).
         max_frontier_rows (`int`, *optional*, defaults to `256`):
-            Most branches decoded at a time, and most of each depth whose caches wait until they go on: it bounds the
-            memory of sampling. vLLM schedules by itself, so it has no effect there.
+            Maximum number of branches decoded at a time, and of branches of each depth whose caches wait until they go
+            on. It bounds the memory of sampling. It has no effect with vLLM, which schedules by itself.
         prefix_sharing (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
             Whether the training forward computes each distinct token of a micro-batch once, instead of row by row. The
-            log-probabilities and gradients are those of dense rows. `"auto"` shares if the model can and warns with
-            the reason if not; `True` makes that an error; `False` computes dense rows.
+            log-probabilities and gradients are those of dense rows. `"auto"` shares if the model can, and else warns
+            with the reason. `True` makes that an error. `False` computes dense rows.
         num_generations (`int`, *optional*):
-            Leaves of the complete tree, N_1 x .. x N_D, or M (1 + K T L) with `split_rule="uncertainty"`: the rows a
-            prompt takes in the batch. Derived; if given, it is checked. It may be 1 where every branching factor is.
+            Number of rows of a prompt: the leaves of the complete tree, N_1 x .. x N_D, or M (1 + K T L) with
+            `split_rule="uncertainty"`. Derived; a given number is checked. It may be 1 if every branching factor is.
         max_completion_length (`int`, *optional*):
-            Most tokens of a completion. Defaults to `max_depth * segment_length`; it may be smaller by less than a
-            segment, which makes the last segment the shorter one. With another `split_rule` than `"length"` it may be
-            anything; with `"uncertainty"` it defaults to `384`.
+            Maximum number of tokens of a completion. Defaults to `max_depth * segment_length`. It may be smaller by
+            less than a segment, which makes the last segment shorter. With other split rules than `"length"` it may
+            be anything, and with `"uncertainty"` it defaults to `384`.
         loss_type (`str`, *optional*, defaults to `"dapo"`):
             As in TRL: `"dapo"`, `"cispo"`, `"dr_grpo"`; or `"bnpo"`, which normalizes by micro-batch, if
             `per_device_train_batch_size` is a multiple of `num_generations`, so that no tree is split.
@@ -132,24 +132,24 @@ class TreeRPOConfig(GRPOConfig):
             As in TRL, but the bonus is a mean over the trained tokens of the whole batch, not of each micro-batch.
         replay_environments (`bool`, *optional*, defaults to `False`):
             With an `environment_factory`: copy an environment that has no `fork()` by a fresh `reset` and the same
-            calls, rather than by `copy.deepcopy`. For environments that always answer the same to the same.
+            calls, instead of `copy.deepcopy`. For environments that always give the same answers to the same calls.
         log_trees (`bool`, *optional*, defaults to `False`):
             Whether to write the trees to `<output_dir>/trees`, as parquet files and as pages for a browser, and to
             print some in the terminal.
         log_trees_steps (`int`, *optional*):
-            Every how many optimizer steps. Defaults to `logging_steps`.
+            Number of optimizer steps between two writes. Defaults to `logging_steps`.
         num_trees_to_print (`int`, *optional*, defaults to `1`):
-            Number of trees to print, those with most nodes that are trained.
+            Number of trees to print: those with the most trained nodes.
         vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_mask"`):
-            As in TRL, but by token: `"token_mask"` or `"token_truncate"`. A row holds only the tokens it owns of a
-            tree, so the ratio of its whole sequence says nothing about them.
+            As in TRL, but by token only: `"token_mask"` or `"token_truncate"`. A row holds only the tokens of the tree
+            that it owns, so the ratio of its whole sequence says nothing about them.
     """
 
     branching_factor: Branching = field(
         default_factory=lambda: [2],
         metadata={
-            "help": "Number of children of each unfinished node: one number for every depth, or one per depth. 1 is "
-            "taken with advantage_estimator 'optimal_baseline' only.",
+            "help": "Number of children of each unfinished node: one number for every depth, or one per depth. 1 "
+            "needs advantage_estimator 'optimal_baseline'.",
             "nargs": "+",
         },
     )
@@ -163,16 +163,16 @@ class TreeRPOConfig(GRPOConfig):
     segment_length: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of a segment, at which it branches. Defaults to `max_completion_length` divided by "
-            "`max_depth`, rounded up, if that is given, else to 128."
+            "help": "Maximum number of tokens of a segment; the tree branches there. Defaults to "
+            "`max_completion_length` divided by `max_depth`, rounded up, if that is given, else to 128."
         },
     )
     split_rule: str | None = field(
         default=None,
         metadata={
-            "help": "Where a tree branches: 'length' (after `segment_length` tokens; the default), 'turn' (the "
-            "default with tools), 'delimiter' (after one of `step_delimiters`) or 'uncertainty' (whole responses fork "
-            "at their least certain tokens)."
+            "help": "Where a tree branches: 'length' (after `segment_length` tokens, the default), 'turn' (after a "
+            "turn, the default with tools), 'delimiter' (after one of `step_delimiters`) or 'uncertainty' (whole "
+            "responses fork at their least certain tokens)."
         },
     )
     step_delimiters: list[str] = field(
@@ -181,81 +181,81 @@ class TreeRPOConfig(GRPOConfig):
     )
     min_segment_length: int = field(
         default=1,
-        metadata={"help": "Fewest tokens of a segment that a delimiter ends, or that a fork leaves on either side."},
+        metadata={"help": "Minimum tokens of a segment that a delimiter ends, or that a fork leaves on either side."},
     )
-    num_trunks: int = field(default=1, metadata={"help": "Whole responses a prompt, with split_rule 'uncertainty'."})
+    num_trunks: int = field(default=1, metadata={"help": "Whole responses per prompt (split_rule 'uncertainty')."})
     forks_per_trunk: int = field(
-        default=1, metadata={"help": "Forks of each of these a round, with split_rule 'uncertainty'."}
+        default=1, metadata={"help": "Forks per round of each whole response (split_rule 'uncertainty')."}
     )
     continuations_per_fork: int = field(
-        default=1, metadata={"help": "New continuations of each fork, with split_rule 'uncertainty'."}
+        default=1, metadata={"help": "New continuations of each fork (split_rule 'uncertainty')."}
     )
-    fork_rounds: int = field(default=1, metadata={"help": "Rounds of forks, with split_rule 'uncertainty'."})
+    fork_rounds: int = field(default=1, metadata={"help": "Rounds of forks (split_rule 'uncertainty')."})
     uncertainty_measure: str = field(
         default="surprisal",
-        metadata={"help": "'surprisal' (-log p of the token drawn) or 'entropy' (of its distribution)."},
+        metadata={"help": "Which tokens count as uncertain: by 'surprisal' (-log p of the token) or by 'entropy'."},
     )
     advantage_estimator: str = field(
         default="optimal_baseline",
         metadata={
-            "help": "How values become advantages. Against siblings: 'treerpo' (the paper's eq. 4), 'bernoulli_std', "
-            "'group_std' (GRPO), 'centered' (Dr. GRPO) or 'leave_one_out' (RLOO). Against the tree: 'parent' "
-            "(SPO-tree), 'tree_mean', 'treerl', 'treepo' or 'tree_grpo'. Against other trees: 'optimal_baseline'."
+            "help": "What a step's value is compared with. Its siblings: 'treerpo' (the paper), 'bernoulli_std', "
+            "'group_std' (GRPO), 'centered' (Dr. GRPO) or 'leave_one_out' (RLOO). Its tree: 'parent' (SPO-tree), "
+            "'tree_mean', 'treerl', 'treepo' or 'tree_grpo'. The other trees of the batch: 'optimal_baseline'."
         },
     )
     prune_threshold: float | None = field(
         default=0.1,
-        metadata={"help": "A group of siblings is trained if max - min of its values exceeds this. Negative: always."},
+        metadata={"help": "Train a group of siblings if max - min of its values exceeds this; if negative, always."},
     )
     min_advantage: float = field(
         default=0.0,
-        metadata={"help": "Tokens of nodes whose advantage is smaller, in absolute value, are not trained."},
+        metadata={"help": "Do not train tokens of nodes whose advantage is smaller than this, in absolute value."},
     )
     loss_weighting: str = field(
         default="token",
-        metadata={"help": "'token': mean over all kept tokens. 'node': mean over kept nodes of their tokens' mean."},
+        metadata={"help": "The loss is a mean over all kept tokens ('token'), or over nodes of their mean ('node')."},
     )
     max_frontier_rows: int = field(
         default=256,
-        metadata={"help": "Most branches decoded at a time; bounds the memory of sampling. No effect with vLLM."},
+        metadata={"help": "Maximum branches decoded at a time. It bounds the memory of sampling, except with vLLM."},
     )
     prefix_sharing: Sharing = field(
         default="auto",
         metadata={
-            "help": "Whether the training forward computes each distinct token of a micro-batch once: 'auto' (if the "
-            "model can, else a warning), 'true' (else an error) or 'false' (dense rows)."
+            "help": "Whether training computes each distinct token of a micro-batch once: 'auto' (if the model can, "
+            "else warn), 'true' (else fail) or 'false' (row by row)."
         },
     )
     num_generations: int | None = field(
         default=None,
-        metadata={"help": "Rows a prompt takes, the leaves of a whole tree. Derived; if given, it is checked."},
+        metadata={"help": "Number of leaves of a tree, which is derived. If you give a number, it is checked."},
     )
     max_completion_length: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of a completion. Defaults to `max_depth * segment_length`; it may be smaller by less "
-            "than a segment."
+            "help": "Maximum number of tokens of a completion. Defaults to `max_depth * segment_length`. It may be "
+            "smaller by less than a segment."
         },
     )
     replay_environments: bool = field(
         default=False,
-        metadata={"help": "Copy an environment by a fresh reset and the same calls, rather than by copy.deepcopy."},
+        metadata={"help": "Copy an environment by a fresh reset and the same calls, instead of copy.deepcopy."},
     )
     log_trees: bool = field(
         default=False,
         metadata={"help": "Whether to write the trees to `<output_dir>/trees`, and to print some in the terminal."},
     )
     log_trees_steps: int | None = field(
-        default=None, metadata={"help": "Every how many optimizer steps. Defaults to `logging_steps`."}
+        default=None, metadata={"help": "Write trees every so many optimizer steps. Defaults to `logging_steps`."}
     )
     num_trees_to_print: int = field(
-        default=1, metadata={"help": "Number of trees to print, those with most nodes that are trained."}
+        default=1, metadata={"help": "Number of trees to print: those with the most trained nodes."}
     )
     vllm_importance_sampling_mode: str = field(
         default="token_mask",
         metadata={
-            "help": "How the importance sampling ratios between vLLM and the model are bounded: 'token_mask' (those "
-            "outside the bounds count 0) or 'token_truncate' (they are clipped)."
+            "help": "What happens to importance sampling ratios between vLLM and the model that are out of bounds: "
+            "they count as 0 ('token_mask') or are clipped ('token_truncate')."
         },
     )
 
@@ -283,8 +283,8 @@ class TreeRPOConfig(GRPOConfig):
     ) -> TreeRPOConfig:
         """The setting of the paper (arXiv:2506.05183, section 4): 8 x 8 x 8 trees of 384-token segments.
 
-        A step generates 128 prompts (65,536 rows) over all processes and updates twice. There are 300: `max_steps`
-        counts updates. What the paper leaves open is as in the authors' scripts.
+        There are 300 steps. Each grows trees for 128 prompts (65,536 rows) over all processes and makes two updates,
+        which is what `max_steps` counts. What the paper leaves open follows the authors' scripts.
 
         Args:
             output_dir: Where to write the model and its checkpoints.

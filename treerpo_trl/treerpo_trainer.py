@@ -1,4 +1,4 @@
-"""TreeRPOTrainer: TRL's GRPOTrainer, growing trees and training each step for what it is worth."""
+"""TreeRPOTrainer: TRL's GRPOTrainer, which grows trees and trains each step with an advantage of its own."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class TreeRPOTrainer(TreeSamplingTrainer):
     Trainer for Tree Relative Policy Optimization (TreeRPO), introduced in [TreeRPO: Tree Relative Policy
     Optimization](https://huggingface.co/papers/2506.05183).
 
-    It takes the arguments of [`~trl.GRPOTrainer`] and differs in two things. Sampling: instead of `num_generations`
-    independent completions, each prompt grows a tree of segments. Credit: every segment is worth the mean of its
-    children, up from the rewards of the leaves, and its tokens are trained with its advantage.
+    It takes the arguments of [`~trl.GRPOTrainer`] and differs in two things. Sampling: each prompt grows a tree of
+    segments, in place of `num_generations` independent completions. Credit: the value of a segment is the mean of its
+    children's values, up from the rewards of the leaves, and its tokens are trained with the segment's advantage.
 
-    The batch has TRL's shape: row k of a prompt is the k-th root-to-leaf path of its tree, depth first. Each segment
-    carries loss in the first row it appears in. Evaluation samples plain completions, as GRPO does.
+    The batch has TRL's shape: row k of a prompt is the k-th path from the root to a leaf, depth first. A segment
+    carries loss only in the first row in which it appears. Evaluation samples plain completions, as GRPO does.
 
     Example:
 
@@ -88,12 +88,12 @@ class TreeRPOTrainer(TreeSamplingTrainer):
         optimizers, quantization_config, peft_config:
             As for [`~trl.GRPOTrainer`].
         tools, environment_factory:
-            As for [`~trl.GRPOTrainer`]: a node of a tree is then a turn of the model with what its tools answered,
-            and each branch has an environment of its own. Images are not supported.
+            As for [`~trl.GRPOTrainer`]. With them, a node of a tree is a turn of the model and what its tools
+            answered, and each branch has an environment of its own. Images are not supported.
         args ([`TreeRPOConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         rollout_func:
-            Refused: what it samples is no tree.
+            Refused, because it samples whole completions by itself, of which no tree can be made.
 
     Attributes:
         last_trees (`list[ScoredTree]`): This process's trees of the newest generation batch, with their rewards,
