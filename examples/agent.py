@@ -89,11 +89,15 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", default="agent-output", help="where to save the base model and the trained one"
     )
-    parser.add_argument("--trainer", choices=("treerpo", "grpo"), default="treerpo", help="what trains")
-    parser.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2], help="of the trees, by depth")
-    parser.add_argument("--num_generations", type=int, default=8, help="completions of a prompt, of GRPOTrainer")
+    parser.add_argument("--trainer", choices=("treerpo", "grpo"), default="treerpo", help="which trainer to use")
+    parser.add_argument(
+        "--branching_factor", type=int, nargs="+", default=[2, 2], help="branching of the trees, by depth"
+    )
+    parser.add_argument("--num_generations", type=int, default=8, help="completions per prompt, for GRPOTrainer")
     parser.add_argument("--max_steps", type=int, default=MAX_STEPS, help="training steps")
-    parser.add_argument("--learning_rate", type=float, default=4e-4, help="of the first step; it falls to 0")
+    parser.add_argument(
+        "--learning_rate", type=float, default=4e-4, help="learning rate of the first step; it falls to 0"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the training problems and of the sampling")
     return parser.parse_args(words)
 

@@ -92,9 +92,11 @@ def as_curve(run: list[dict[str, float]]) -> Any:
 def main() -> None:
     """Train all methods seed by seed, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("agent-study"), help="base model and measurements")
-    parser.add_argument("--results_dir", type=Path, help="where to write the table and all measurements, too")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each method")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("agent-study"), help="where to keep base model and measurements"
+    )
+    parser.add_argument("--results_dir", type=Path, help="also write the table and all measurements here")
+    parser.add_argument("--seeds", type=int, default=5, help="number of runs per method")
     args = parser.parse_args()
     base_model = args.output_dir / "base_model"
     if not (base_model / "config.json").exists():

@@ -95,7 +95,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--segment_length", type=int, default=32, help="tokens of a segment")
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--num_trees", type=int, default=4, help="trees that grow at once")
-    parser.add_argument("--max_frontier_rows", type=int, nargs="+", default=[64, 256, 4096], help="to be measured")
+    parser.add_argument(
+        "--max_frontier_rows",
+        type=int,
+        nargs="+",
+        default=[64, 256, 4096],
+        help="values of max_frontier_rows to measure",
+    )
     return parser.parse_args()
 
 

@@ -36,11 +36,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="4x4x4", help="branching factors, by depth")
     parser.add_argument("--segment_length", type=int, default=128, help="tokens of a segment")
     parser.add_argument("--prompt_length", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--num_prompts", type=int, default=1, help="prompts of a batch")
-    parser.add_argument("--repeats", type=int, default=7, help="turns")
+    parser.add_argument("--num_prompts", type=int, default=1, help="prompts per batch")
+    parser.add_argument("--repeats", type=int, default=7, help="repeats of each measurement, taking turns")
     parser.add_argument("--hidden_size", type=int, default=256, help="width of the random Qwen2")
     parser.add_argument("--num_layers", type=int, default=6, help="layers of the random Qwen2")
-    parser.add_argument("--gpu_memory_utilization", type=float, default=0.3, help="share of the memory for the engine")
+    parser.add_argument("--gpu_memory_utilization", type=float, default=0.3, help="share of memory for the engine")
     return parser.parse_args()
 
 

@@ -182,30 +182,38 @@ def make_parser() -> argparse.ArgumentParser:
     work.add_argument("--dataset_prompt_column", help="column of the prompts")
     work.add_argument("--dataset_solution_column", help="column of the right answers")
     work.add_argument("--system_prompt", help="system message of every prompt")
-    work.add_argument("--reward_funcs", nargs="+", default=[], help="as in train.py")
-    work.add_argument("--max_completion_length", type=int, default=256, help="most tokens of a response")
-    work.add_argument("--temperature", type=float, default=1.0, help="of training and evaluation")
+    work.add_argument("--reward_funcs", nargs="+", default=[], help="reward functions, named as in train.py")
+    work.add_argument("--max_completion_length", type=int, default=256, help="maximum number of tokens of a response")
+    work.add_argument("--temperature", type=float, default=1.0, help="sampling temperature of training and evaluation")
     work.add_argument("--num_validation", type=int, default=1024, help="held-out problems to choose on")
     work.add_argument("--num_test", type=int, default=2048, help="held-out problems to report on")
-    work.add_argument("--rows_per_micro_batch", type=int, default=1024, help="most rows of a forward pass in training")
+    work.add_argument(
+        "--rows_per_micro_batch", type=int, default=1024, help="maximum number of rows in a forward pass"
+    )
     how = parser.add_argument_group("how it is trained")
     how.add_argument("--budget", choices=BUDGETS, default="tokens", help="what both methods spend equally")
-    how.add_argument("--per_step", type=float, default=4000, help="sampled tokens a step (leaves, if these are equal)")
-    how.add_argument("--total", type=float, default=320_000, help="of the budget, in all")
-    how.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2], help="TreeRPO: by depth")
-    how.add_argument("--num_generations", type=int, nargs="+", default=[8], help="GRPO: one or several to choose from")
-    how.add_argument("--options", nargs="*", default=[], help="name=value options of both methods' configs")
-    how.add_argument("--treerpo_options", nargs="*", default=[], help="name=value options of TreeRPOConfig")
-    how.add_argument("--grpo_options", nargs="*", default=[], help="name=value options of GRPOConfig")
+    how.add_argument("--per_step", type=float, default=4000, help="sampled tokens per step (leaves, with that budget)")
+    how.add_argument("--total", type=float, default=320_000, help="size of the whole budget")
+    how.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2], help="TreeRPO: branching by depth")
     how.add_argument(
-        "--learning_rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help="grid of both methods"
+        "--num_generations", type=int, nargs="+", default=[8], help="GRPO: one, or several to choose from"
     )
-    how.add_argument("--tuning_seeds", type=int, nargs="+", default=[100, 101], help="seeds of the grid")
-    how.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of the result")
-    how.add_argument("--num_evaluations", type=int, default=8, help="measurements on the way")
-    how.add_argument("--workers", type=int, default=2, help="runs at a time")
-    how.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
-    how.add_argument("--output_dir", type=Path, default=Path("compare-output"), help="runs and results")
+    how.add_argument("--options", nargs="*", default=[], help="name=value options for both methods")
+    how.add_argument("--treerpo_options", nargs="*", default=[], help="name=value options for TreeRPOConfig")
+    how.add_argument("--grpo_options", nargs="*", default=[], help="name=value options for GRPOConfig")
+    how.add_argument(
+        "--learning_rates",
+        type=float,
+        nargs="+",
+        default=[1e-4, 2e-4, 4e-4],
+        help="rates that both methods choose from",
+    )
+    how.add_argument("--tuning_seeds", type=int, nargs="+", default=[100, 101], help="seeds of the runs to choose by")
+    how.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of the runs to report")
+    how.add_argument("--num_evaluations", type=int, default=8, help="how often to measure during a run")
+    how.add_argument("--workers", type=int, default=2, help="how many runs at a time")
+    how.add_argument("--threads", type=int, default=1, help="CPU threads per run")
+    how.add_argument("--output_dir", type=Path, default=Path("compare-output"), help="where to write runs and results")
     return parser
 
 

@@ -23,8 +23,10 @@ def option(text: str, default: Any = None) -> Any:
 class EvaluationArguments:
     """The command line, or the YAML file given with `--config`. The names are those of `train.py` and TRL."""
 
-    model_name_or_path: str | None = option("Model of the Hub or a local folder; PEFT adapters go onto their base.")
-    base_model_name_or_path: str | None = option("Model below the adapters, in place of the one they name.")
+    model_name_or_path: str | None = option(
+        "Model of the Hub, or a local folder. PEFT adapters are loaded onto their base."
+    )
+    base_model_name_or_path: str | None = option("Model to load adapters onto, instead of the one that they name.")
     model_revision: str = option("Branch, tag or commit of the model.", "main")
     dtype: str = option("Type of the weights: `auto`, `bfloat16`, `float16` or `float32`.", "auto")
     attn_implementation: str | None = option("Attention of transformers, such as `flash_attention_2`.")
@@ -33,33 +35,37 @@ class EvaluationArguments:
         default_factory=lambda: list(BENCHMARKS),
         metadata={"help": f"One or more of {', '.join(BENCHMARKS)}, datasets of the Hub, local folders or files."},
     )
-    dataset_config: str | None = option("Configuration of the datasets of the Hub that are not benchmarks.")
+    dataset_config: str | None = option("Configuration of those datasets of the Hub that are not benchmarks.")
     dataset_test_split: str | None = option(
-        "Their split, or a slice of it such as `test[:100]`. Default: `test`, of local files `train`."
+        "Split of those datasets, or a slice such as `test[:100]`. Default: `test`; `train` for local files."
     )
-    dataset_prompt_column: str | None = option("Their column of prompts, with dots into structs. Default: `prompt`.")
+    dataset_prompt_column: str | None = option("Their column of prompts; dots reach into structs. Default: `prompt`.")
     dataset_solution_column: str | None = option(
-        "Their column of right answers, with dots into structs; any of a list counts. Default: no change of columns."
+        "Their column of right answers; dots reach into structs, each answer of a list counts. Default: no change."
     )
-    system_prompt: str | None = option("System message in place of the dataset's; an empty one leaves it out.")
+    system_prompt: str | None = option(
+        "System message, instead of the dataset's. An empty one means no system message."
+    )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy_reward"],
-        metadata={"help": "The verifier, named as in train.py. Several are summed."},
+        metadata={"help": "Verifiers, named as in train.py. Several are summed."},
     )
-    num_samples: int = option("Responses a problem.", 1)
+    num_samples: int = option("Responses per problem.", 1)
     pass_at_k: list[int] | None = field(
-        default=None, metadata={"help": "The k of pass@k and majority@k. Default: num_samples."}
+        default=None, metadata={"help": "Values of k for pass@k and majority@k. Default: num_samples."}
     )
     temperature: float = option("Sampling temperature, 0 for greedy decoding.", 1.0)
-    top_p: float = option("Probability mass that is sampled from.", 1.0)
-    max_completion_length: int = option("Longest response, in tokens.", 1024)
-    batch_size: int | None = option(f"Responses sampled at once. Default: by engine, {BATCH_SIZES}.")
-    engine: str = option(f"What samples: {' or '.join(ENGINES)}.", "transformers")
+    top_p: float = option("Share of the probability mass to sample from; 1 for all.", 1.0)
+    max_completion_length: int = option("Maximum number of tokens of a response.", 1024)
+    batch_size: int | None = option(f"Responses sampled at once. The default depends on the engine: {BATCH_SIZES}.")
+    engine: str = option(f"Engine that samples the responses: {' or '.join(ENGINES)}.", "transformers")
     vllm_tensor_parallel_size: int = option("GPUs that share the model under vLLM.", 1)
-    vllm_gpu_memory_utilization: float = option("Share of the memory for vLLM.", 0.9)
-    vllm_max_model_length: int | None = option("Longest prompt and response under vLLM. Default: the model's.")
+    vllm_gpu_memory_utilization: float = option("Share of the GPU's memory that vLLM takes.", 0.9)
+    vllm_max_model_length: int | None = option(
+        "Maximum tokens of prompt and response under vLLM. Default: the model's."
+    )
     seed: int = option("Seed of the sampling.", 0)
-    output_dir: str = option("Folder of the responses and of summary.json.", "evaluation-output")
+    output_dir: str = option("Folder for the responses and summary.json.", "evaluation-output")
 
     def check(self) -> None:
         """Refuse what cannot run, before anything is loaded."""

@@ -217,8 +217,10 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sizes = ["0.5B", "1.5B"] if HAS_GPU else ["tiny"]
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=sizes, help="of the random models")
-    parser.add_argument("--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="only these")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=sizes, help="sizes of the random models")
+    parser.add_argument(
+        "--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="run only these checks"
+    )
     parser.add_argument("--segment_length", type=int, default=128 if HAS_GPU else 4, help="tokens of a segment")
     parser.add_argument("--prompt_length", type=int, default=128 if HAS_GPU else 8, help="tokens of a prompt")
     parser.add_argument("--steps", type=int, default=3, help="training steps")

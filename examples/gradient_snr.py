@@ -121,16 +121,20 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=list(TASKS), default="chain_arithmetic", help="a built-in task")
-    parser.add_argument("--models_dir", type=Path, default=Path("compare-output/base_models"), help="made base models")
-    parser.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2], help="TreeRPO: by depth")
-    parser.add_argument("--advantage_estimator", default="optimal_baseline", help="TreeRPO: a name of TreeRPOConfig's")
     parser.add_argument(
-        "--treerpo_options", nargs="*", default=[], help="name=value options of TreeRPOConfig, such as split_rule"
+        "--models_dir", type=Path, default=Path("compare-output/base_models"), help="where base models are kept"
     )
-    parser.add_argument("--num_generations", type=int, default=8, help="GRPO: completions a prompt")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy: higher, and less is right")
-    parser.add_argument("--per_step", type=float, default=4000, help="sampled tokens a batch")
-    parser.add_argument("--num_batches", type=int, default=48, help="batches of each method, all in memory")
+    parser.add_argument("--branching_factor", type=int, nargs="+", default=[2, 2], help="TreeRPO: branching by depth")
+    parser.add_argument("--advantage_estimator", default="optimal_baseline", help="TreeRPO: the estimator")
+    parser.add_argument(
+        "--treerpo_options", nargs="*", default=[], help="name=value options for TreeRPOConfig, such as split_rule"
+    )
+    parser.add_argument("--num_generations", type=int, default=8, help="GRPO: completions per prompt")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="sampling temperature; fewer answers are right at higher ones"
+    )
+    parser.add_argument("--per_step", type=float, default=4000, help="sampled tokens per batch")
+    parser.add_argument("--num_batches", type=int, default=48, help="batches per method; all stay in memory")
     args = parser.parse_args()
     workload = built_in(args.task, args.models_dir, temperature=args.temperature)
     options = {"advantage_estimator": args.advantage_estimator, **parse_options(args.treerpo_options)}

