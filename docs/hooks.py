@@ -19,6 +19,7 @@ def on_config(config: Any) -> Any:
     """The one place that names the repository is [project.urls]."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     config.repo_url = project["urls"]["Repository"]
+    config.site_url = project["urls"]["Documentation"]
     config.repo_name = project["name"]
     return config
 
