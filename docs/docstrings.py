@@ -44,7 +44,7 @@ def as_markdown(text: str) -> str:
     for line in text.splitlines():
         if line.endswith(":") and line[:-1] in SECTIONS:
             section = line[:-1]
-            lines += [f"**{section}**", ""]
+            lines += [f"**{section}**"] + [""] * (section not in LISTS)
         elif line and not line.startswith(" "):
             section = ""
             lines.append(line)
@@ -52,7 +52,7 @@ def as_markdown(text: str) -> str:
             lines.append(line[4:] if section else line)
         elif item := ITEM.fullmatch(names + line.strip()):
             shown = ", ".join(f"`{name.strip()}`" for name in item[1].split(","))
-            lines.append(f"- {shown}{f' ({item[2]})' if item[2] else ''}:{item[3]}")
+            lines += ["", f"- {shown}{f' ({item[2]})' if item[2] else ''}:{item[3]}"]  # or a list above would take it
             names = ""
         else:  # names that go on in the next line, or what is said of the last one
             names = f"{names}{line.strip()} " if line.endswith(",") else ""

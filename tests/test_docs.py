@@ -75,6 +75,7 @@ What it does, see [`TreeRPOConfig`][treerpo_trl.TreeRPOConfig] and [`GRPOTrainer
 
 - `first`, `second`, `third`:
     What they are.
+
 - `steps` (`int`, *optional*, defaults to `1`): How many.
 
     - `1`: one.
