@@ -11,8 +11,8 @@ from families import NEEDED, RULES, Rows, full_tree_rows, pad_rows, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treerpo_trl.prefix_sharing import pack_rows
-from treerpo_trl.prefix_sharing.attention import _Take, tree_attention
+from treerpo_trl.prefix_sharing import flex, pack_rows
+from treerpo_trl.prefix_sharing.attention import KERNELS, _Take, tree_attention
 from treerpo_trl.prefix_sharing.layout import Group
 from treerpo_trl.prefix_sharing.packing import _gather
 
@@ -30,13 +30,15 @@ def pack(rows, **options):
     return pack_rows(rows.input_ids, rows.attention_mask, rows.needed, **options)
 
 
-def visible(packed, window=None):
+def visible(packed, window=None, implementation="sdpa"):
     """(S, S) which positions each packed position attends to: equal keys weigh all that is visible equally."""
     size = packed.input_ids.size(1)
     states = torch.zeros(1, 2, size, 4)
     identity = torch.eye(size, dtype=torch.float32)[None, None]
     module = SimpleNamespace(config=SimpleNamespace())
-    output = tree_attention(module, states, states[:, :1], identity, packed.layout, sliding_window=window)
+    output = tree_attention(
+        module, states, states[:, :1], identity, packed.layout, implementation, sliding_window=window
+    )
     assert output.shape == (1, size, 2, size)
     assert torch.equal(output[0, :, 0] > 0, output[0, :, 1] > 0)
     return output[0, :, 0] > 0
@@ -117,13 +119,21 @@ windows = st.none() | st.integers(1, 12)
 softcaps = st.none() | st.floats(0.5, 9)
 
 
-@given(rows_of, windows, softcaps, st.none() | st.floats(0.1, 2))
-def test_attention_is_plain_attention_over_what_is_visible(rows, window, softcap, scaling):
+@given(rows_of, windows, softcaps, st.none() | st.floats(0.1, 2), st.sampled_from(sorted(KERNELS)))
+def test_attention_is_plain_attention_over_what_is_visible(rows, window, softcap, scaling, implementation):
     packed = pack(rows)
     query, key, value = random_states(packed, 4), random_states(packed, 2), random_states(packed, 2)
     module = SimpleNamespace(config=SimpleNamespace())
     output = tree_attention(
-        module, query, key, value, packed.layout, scaling=scaling, softcap=softcap, sliding_window=window
+        module,
+        query,
+        key,
+        value,
+        packed.layout,
+        implementation,
+        scaling=scaling,
+        softcap=softcap,
+        sliding_window=window,
     )
     scores = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) * (4**-0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -139,16 +149,58 @@ def test_attention_drops_its_weights(num_rows, options):
     """All of them, with probability 1; and none by default."""
     packed = pack(pad_rows([[5, 6]] * num_rows, [[7, 8], [7, 9, 2], [3, 4]][:num_rows], NEEDED["all"]))
     states, module = random_states(packed, 2), SimpleNamespace(config=SimpleNamespace())
-    assert (tree_attention(module, states, states, states, packed.layout, dropout=1.0, **options) == 0).all()
-    outputs = [tree_attention(module, states, states, states, packed.layout, **options) for _ in range(2)]
+    assert (tree_attention(module, states, states, states, packed.layout, "sdpa", dropout=1.0, **options) == 0).all()
+    outputs = [tree_attention(module, states, states, states, packed.layout, "sdpa", **options) for _ in range(2)]
     assert torch.equal(*outputs)
+
+
+def test_a_kernel_without_dropout_says_so():
+    packed = pack(pad_rows([[5, 6]], [[7, 8]], NEEDED["all"]))
+    states, module = random_states(packed, 2), SimpleNamespace(config=SimpleNamespace())
+    with pytest.raises(ValueError, match=r"no dropout.*p=0\.1"):
+        tree_attention(module, states, states, states, packed.layout, "flex_attention", dropout=0.1)
+
+
+@given(rows_of, st.none() | st.integers(1, 12), st.sampled_from([1, 2, 8]))
+def test_blocks_hold_what_is_visible(rows, window, size):
+    """What is attended to lies in the blocks of a mask, and is all of those that it calls whole."""
+    packed = pack(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "BLOCK_SIZE", size)
+        mask = flex.block_mask(packed.layout.paths, window, torch.device("cpu"))
+    seen = visible(packed, window)
+    num_blocks = -(-len(seen) // size)
+    padding = num_blocks * size - len(seen)
+    blocks = torch.nn.functional.pad(seen, (0, padding, 0, padding)).view(num_blocks, size, num_blocks, size)
+    partly, wholly = (
+        torch.zeros(num_blocks, num_blocks, dtype=torch.bool).scatter_(1, indices[0, 0].long(), first)
+        for indices, counts in [(mask.kv_indices, mask.kv_num_blocks), (mask.full_kv_indices, mask.full_kv_num_blocks)]
+        for first in [torch.arange(num_blocks) < counts[0, 0][:, None]]
+    )
+    assert not (partly & wholly).any()
+    assert not (blocks.any(3).any(1) & ~partly & ~wholly).any()
+    real = num_blocks - (padding > 0)  # queries of padding ask for nothing
+    assert blocks.all(3).all(1)[:real][wholly[:real]].all()
+    every = torch.arange(len(seen))
+    assert torch.equal(mask.mask_mod(None, None, every[:, None], every[None, :]), seen)
+
+
+def test_whole_blocks_are_found():
+    """A prompt longer than a block, below which many rows branch."""
+    prompt, rows = list(range(2, 20)) * 4, [[5, 6, 7] * 3, [6, 7, 8] * 3, [7, 8, 9] * 3]
+    packed = pack(pad_rows([prompt] * 3, rows, NEEDED["all"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "BLOCK_SIZE", 16)
+        mask = flex.block_mask(packed.layout.paths, None, torch.device("cpu"))
+        assert flex.block_mask(packed.layout.paths, None, torch.device("cpu")) is mask  # made once for all layers
+    assert mask.full_kv_num_blocks[0, 0].tolist() == [0, 1, 2, 3, 4, 4, 4]
 
 
 def test_attention_with_sinks_is_refused():
     packed = pack(pad_rows([[5, 6]], [[7, 8]], NEEDED["all"]))
     states, module = random_states(packed, 2), SimpleNamespace(config=SimpleNamespace())
     with pytest.raises(ValueError, match="SimpleNamespace has attention sinks"):
-        tree_attention(module, states, states, states, packed.layout, s_aux=torch.zeros(2))
+        tree_attention(module, states, states, states, packed.layout, "sdpa", s_aux=torch.zeros(2))
 
 
 class Elsewhere(torch.Tensor):

@@ -146,6 +146,19 @@ def test_both_implementations_of_attention(attention):
     assert_exact(packed, model, random_rows(9))
 
 
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2"])
+def test_flex_attention_is_as_exact(family, monkeypatch):
+    """Its kernels have a backward pass on GPUs only; what they stand for has one on a CPU, if it is let."""
+    torch._dynamo.reset()  # other soft caps before are of no concern
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *tensors: None)
+    packed, model = make_model(family), make_model(family)
+    packed.set_attn_implementation("flex_attention")
+    install(packed)
+    assert unsupported_reason(packed) is None
+    for case in CASES[:4]:
+        assert_exact(packed, model, random_rows(*case))
+
+
 def test_installing_twice_does_nothing():
     model = shared_model("qwen2")
     before = model.config._attn_implementation
