@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "checks": {"treerpo_trl.credit", "torch", "transformers", "trl"},
     "compatibility": {"treerpo_trl.checks", "treerpo_trl.credit"},
     "treerpo_config": {"treerpo_trl.checks", "treerpo_trl.compatibility", "trl"},
-    "validation": {"treerpo_trl.checks", "treerpo_trl.treerpo_config", "datasets", "transformers", "trl"},
+    "validation": {"treerpo_trl.checks", "datasets", "transformers", "trl"},
     "adapters": {"treerpo_trl.reporting", "peft", "torch", "transformers"},
     "model_card": {"treerpo_trl.credit", "huggingface_hub"},
     "checkpoints": {"accelerate", "torch"},

@@ -129,7 +129,7 @@ class TreeRPOTrainer(TreeSamplingTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TreeRPOConfig(f"{model_name.split('/')[-1]}-TreeRPO")
         has_tools = bool(tools or environment_factory)
-        check_arguments(args, processing_class, tools, rollout_func, environment_factory)
+        check_arguments(args, TreeRPOConfig, processing_class, tools, rollout_func, environment_factory)
         has_environments = environment_factory is not None
         check_dataset(train_dataset, eval_dataset, args, reward_funcs, has_tools, has_environments)
         check_quantization(model, quantization_config, peft_config, args.model_init_kwargs)

@@ -13,7 +13,6 @@ from trl.import_utils import is_vllm_available
 
 from .checks.generation_options import check_generation_kwargs
 from .checks.reward_functions import check_reward_columns, check_reward_funcs
-from .treerpo_config import TreeRPOConfig
 
 
 IMAGE_COLUMNS = ("image", "images")
@@ -24,18 +23,19 @@ USED_COLUMNS = ("prompt", *IMAGE_COLUMNS)
 
 
 def check_arguments(
-    args: Any, processing_class: Any, tools: Any = None, rollout_func: Any = None, environment_factory: Any = None
+    args: Any, config_class: type, processing_class: Any, tools: Any, rollout_func: Any, environment_factory: Any
 ) -> None:
     """Refuse arguments of GRPOTrainer that a tree cannot use, and those that do not go together.
 
     Raises:
-        TypeError: `args` is not a TreeRPOConfig.
+        TypeError: `args` is not a `config_class`, which is TreeRPOConfig.
         ValueError: A rollout function or a multimodal processor is given, or the split rule does not fit the tools.
         ImportError: vLLM is to sample, but is not installed.
     """
-    if not isinstance(args, TreeRPOConfig):
+    if not isinstance(args, config_class):
         raise TypeError(
-            f"args is a {type(args).__name__}, but TreeRPOTrainer needs a TreeRPOConfig; it takes the same parameters"
+            f"args is a {type(args).__name__}, but TreeRPOTrainer needs a {config_class.__name__}; it takes the same "
+            "parameters"
         )
     if rollout_func:
         raise ValueError(
@@ -52,7 +52,7 @@ def check_arguments(
         )
 
 
-def _check_turns(args: TreeRPOConfig, has_tools: bool, has_environments: bool) -> None:
+def _check_turns(args: Any, has_tools: bool, has_environments: bool) -> None:
     if has_tools and args.split_rule not in ("turn", "length"):
         raise ValueError(
             f"split_rule='{args.split_rule}' does not work with tools, whose calls it would cut. Use 'turn', which is "
@@ -69,7 +69,7 @@ def _check_turns(args: TreeRPOConfig, has_tools: bool, has_environments: bool) -
         )
 
 
-def settle_split_rule(args: TreeRPOConfig, has_tools: bool) -> None:
+def settle_split_rule(args: Any, has_tools: bool) -> None:
     """With tools, segments end with turns if the configuration leaves it open.
 
     Raises:
@@ -131,7 +131,7 @@ def check_engine(accelerator: Any) -> None:
 def check_dataset(
     dataset: Any,
     eval_dataset: Any,
-    args: TreeRPOConfig,
+    args: Any,
     reward_funcs: Any,
     has_tools: bool = False,
     has_environments: bool = False,
@@ -220,7 +220,7 @@ def check_prompts(
 
 
 def _check_reward_columns(
-    name: str, columns: Sequence[str], args: TreeRPOConfig, reward_funcs: Any, has_environments: bool
+    name: str, columns: Sequence[str], args: Any, reward_funcs: Any, has_environments: bool
 ) -> None:
     if args.remove_unused_columns:
         name, columns = f"{name}, by remove_unused_columns=True,", [key for key in columns if key in USED_COLUMNS]
