@@ -18,7 +18,7 @@ from typing import Any
 
 from resume_run import Scenario, fork, train
 
-from treerpo_trl.locking import LOCK
+from treerpo_trl.running.locking import LOCK
 
 
 PATIENCE = 60  # seconds

@@ -1,6 +1,6 @@
 """Mutation check: changes the code in small ways, one at a time, and counts the changes that the fast tests notice.
 
-`python tests/mutate.py [--modules baseline rows ...] [--jobs 2] [--json FILE]` prints a table and every change that no
+`python tests/mutate.py [--modules baseline slots ...] [--jobs 2] [--json FILE]` prints a table and every change that no
 test noticed. What a change costs is a fork of this process, which has imported the heavy libraries but none of ours,
 and the tests of the changed module up to the first that fails. Tests that train are left out.
 """
@@ -40,7 +40,7 @@ TESTS_OF = {
     "credit.baseline": ["test_credit_baseline.py"],
     "credit.estimators": ["test_credit.py", "test_credit_paths.py"],
     "credit.assign": ["test_credit.py", "test_credit_paths.py", "test_credit_baseline.py"],
-    "rows": ["test_rows.py"],
+    "rows.slots": ["test_rows.py"],
     "growth.shape": ["test_sampling.py", "test_rows.py", *SPLIT],
     "growth.waves": ["test_sampling.py", "test_rows.py"],
     "growth.forks": ["test_sampling.py", "test_rows.py", "test_metrics.py", *SPLIT],
@@ -105,7 +105,7 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "module: FLAT = 1e-10  ->  FLAT = 2e-10",
         ],
     },
-    "rows": {
+    "rows.slots": {
         "what stands behind the last node of a path is only looked up for padding, which is masked": [
             "lay_out: …en for node in nodes] + [False] * missing)  ->  …en for node in nodes] + [True] * missing)",
         ],

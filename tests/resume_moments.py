@@ -19,8 +19,8 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from trl.trainer import grpo_trainer
 
-from treerpo_trl import resuming
 from treerpo_trl.growth.backends import TransformersBackend
+from treerpo_trl.trainers import resuming
 
 
 FAULT = {"kind": "SIGKILL", "folder": "."}

@@ -32,8 +32,10 @@ from peft import LoraConfig
 from resume_moments import FAULT, MOMENTS
 from transformers import TrainerCallback
 
-from treerpo_trl import TreeRPOConfig, TreeRPOTrainer, checkpoints, resuming
-from treerpo_trl.locking import LOCK
+from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
+from treerpo_trl.running import checkpoints
+from treerpo_trl.running.locking import LOCK
+from treerpo_trl.trainers import resuming
 
 
 with suppress(ImportError):  # accelerate imports it when it is needed, which would be in every run

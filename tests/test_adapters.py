@@ -32,7 +32,7 @@ from test_prefix_sharing import EXACT, assert_exact, shared
 from transformers import AutoModelForCausalLM
 
 from treerpo_trl import TreeRPOTrainer
-from treerpo_trl.adapters import check_adapter
+from treerpo_trl.checks.adapters import check_adapter
 from treerpo_trl.prefix_sharing import find_difference, install, unsupported_reason
 
 

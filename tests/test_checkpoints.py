@@ -22,7 +22,8 @@ from transformers import Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.checkpoints import (
+from treerpo_trl.credit import assign
+from treerpo_trl.running.checkpoints import (
     SEAL,
     check_settings,
     choose_checkpoint,
@@ -36,8 +37,7 @@ from treerpo_trl.checkpoints import (
     save_state,
     seal,
 )
-from treerpo_trl.credit import assign
-from treerpo_trl.resuming import pack, unpack
+from treerpo_trl.trainers.resuming import pack, unpack
 from treerpo_trl.tree import Tree
 
 

@@ -16,7 +16,7 @@ from trl import rewards as trl_rewards
 
 from treerpo_trl import TreeRPOTrainer
 from treerpo_trl.checks.reward_functions import REWARD_ARGUMENTS, check_reward_columns, check_reward_funcs
-from treerpo_trl.scoring import DistinctRows, score_once
+from treerpo_trl.rows import DistinctRows, score_once
 
 
 COLUMNS = ["prompt", "answer"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from treerpo_trl import TreeRPOTrainer
-from treerpo_trl.compatibility import LOSS_TYPES
+from treerpo_trl.checks.compatibility import LOSS_TYPES
 from treerpo_trl.views import read_trees
 
 

@@ -18,7 +18,7 @@ from transformers import Qwen2ForCausalLM
 from trl import TrlParser
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.compatibility import UNSCALED_ESTIMATORS
+from treerpo_trl.checks.compatibility import UNSCALED_ESTIMATORS
 from treerpo_trl.credit import ESTIMATORS, assign_batch
 from treerpo_trl.growth import TreeShape
 from treerpo_trl.growth.backends import VLLMBackend

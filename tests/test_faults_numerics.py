@@ -14,7 +14,7 @@ from transformers import Qwen2ForCausalLM, TrainerCallback
 
 from treerpo_trl import TreeRPOTrainer
 from treerpo_trl.credit import treerpo
-from treerpo_trl.numerics import MOST_SKIPPED
+from treerpo_trl.running.numerics import MOST_SKIPPED
 
 
 class Spoiler(TrainerCallback):

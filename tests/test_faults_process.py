@@ -19,9 +19,10 @@ from resume_run import Scenario
 from test_distributed import ENVIRONMENT, ROOT, launch_command
 from test_resume import DDP, EPOCHS, assert_same, play, runs_of
 
-from treerpo_trl import TreeRPOTrainer, locking
-from treerpo_trl.checkpoints import last_complete_checkpoint, list_checkpoints
-from treerpo_trl.locking import LOCK, claim
+from treerpo_trl import TreeRPOTrainer
+from treerpo_trl.running import locking
+from treerpo_trl.running.checkpoints import last_complete_checkpoint, list_checkpoints
+from treerpo_trl.running.locking import LOCK, claim
 
 
 LIMIT = 240  # seconds; all runs of a fixture take about 30
@@ -217,7 +218,7 @@ def test_trainers_one_after_the_other_share_an_output_dir_whatever_the_first_end
 
 def run_alone(code: str, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
     """Python that has `claim`, and imports nothing heavy."""
-    code = f"import runpy, sys; claim = runpy.run_path('treerpo_trl/locking.py')['claim']\n{code}"
+    code = f"import runpy, sys; claim = runpy.run_path('treerpo_trl/running/locking.py')['claim']\n{code}"
     command = [*prefix, sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -25,8 +25,8 @@ from transformers import Qwen2ForCausalLM
 from view_trees import HOSTILE, Texts, make_tree
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.checkpoints import read_seal, seal
 from treerpo_trl.growth import TreeShape
+from treerpo_trl.running.checkpoints import read_seal, seal
 from treerpo_trl.tree import ROOT
 from treerpo_trl.views import build_index, print_tree, read_trees, render_page, tree_records, write_page, write_trees
 from treerpo_trl.views.files import step_path

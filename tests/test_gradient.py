@@ -9,7 +9,7 @@ from conftest import EOS, PAD, coin_reward, make_tokenizer
 from transformers import Qwen2ForCausalLM, TrainerCallback
 
 from treerpo_trl import TreeRPOTrainer
-from treerpo_trl.compatibility import LOSS_TYPES
+from treerpo_trl.checks.compatibility import LOSS_TYPES
 
 
 class Recorder(TrainerCallback):

@@ -173,7 +173,7 @@ def test_the_line_of_bitsandbytes_is_shown_once_weights_are_quantized(monkeypatc
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    from treerpo_trl import adapters
+    from treerpo_trl.checks import adapters
 
     shown = []
     monkeypatch.setattr(adapters, "BITSANDBYTES", SimpleNamespace(show=lambda: shown.append(True)))

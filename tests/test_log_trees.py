@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written_to_costs_a_warning(model, make_args, da
     args = make_args(log_trees=True, max_steps=2)
     trainer = make_trainer(model, args, dataset)
     (Path(args.output_dir) / "trees").write_text("in the way")
-    with caplog.at_level(logging.WARNING, logger="treerpo_trl.callbacks"):
+    with caplog.at_level(logging.WARNING, logger="treerpo_trl.reporting.callbacks"):
         trainer.train()
     assert trainer.state.global_step == 2
     assert "The trees of step 1 could not be written to" in caplog.text
@@ -108,7 +108,7 @@ def test_a_full_disk_costs_a_warning_and_no_half_file(model, make_args, dataset,
         callback.on_step_end(trainer.args, trainer.state, trainer.control)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    (warning,) = [record.message for record in caplog.records if record.name == "treerpo_trl.callbacks"]
+    (warning,) = [record.message for record in caplog.records if record.name == "treerpo_trl.reporting.callbacks"]
     assert warning.startswith("The trees of step 1 could not be written to")
     assert names(Path(trainer.args.output_dir) / "trees") == ["step_000001.parquet"]  # the page is larger
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from treerpo_trl.credit import ScoredTree, assign
 from treerpo_trl.growth import TreeShape
-from treerpo_trl.metrics import Mean, Metrics, Std, pool, step_metrics, tree_metrics
-from treerpo_trl.scoring import DistinctRows, RowRewards
+from treerpo_trl.reporting.metrics import Mean, Metrics, Std, pool, step_metrics, tree_metrics
+from treerpo_trl.rows import DistinctRows, RowRewards
 from treerpo_trl.tree import ROOT, Segment, Tree
 
 

@@ -15,8 +15,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from trl import GRPOTrainer
 
-from treerpo_trl import TreeRPOTrainer, model_card
-from treerpo_trl.model_card import find_home, introduce, make_metadata, takes_messages
+from treerpo_trl import TreeRPOTrainer
+from treerpo_trl.reporting import model_card
+from treerpo_trl.reporting.model_card import find_home, introduce, make_metadata, takes_messages
 
 
 CHAT = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{i}?"}] for i in range(32)]})

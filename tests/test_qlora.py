@@ -23,7 +23,7 @@ from trl import ModelConfig, get_quantization_config
 from trl.trainer.utils import add_fused_lm_head
 
 from treerpo_trl import TreeRPOTrainer
-from treerpo_trl.adapters import check_quantization, prepare_adapter
+from treerpo_trl.checks.adapters import check_quantization, prepare_adapter
 from treerpo_trl.prefix_sharing import install
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from trl.trainer.utils import is_async_callable
 
-from treerpo_trl.scoring import DistinctRows, score_once
+from treerpo_trl.rows import DistinctRows, score_once
 
 
 IDS = [[1], [2], [1], [1], [1], [3]]  # two prompts of three rows

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import Qwen2ForCausalLM
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.resuming import pack, unpack
+from treerpo_trl.trainers.resuming import pack, unpack
 from treerpo_trl.views import print_tree, read_trees, tree_records
 
 

@@ -14,7 +14,7 @@ from test_faults_generation import with_end_bias
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.credit import ScoredTree, assign
 from treerpo_trl.growth import TreeShape
-from treerpo_trl.metrics import pool, tree_metrics
+from treerpo_trl.reporting.metrics import pool, tree_metrics
 from treerpo_trl.reporting.starvation import FIRST_WARNING, StarvationWatch
 from treerpo_trl.tree import ROOT, Segment, Tree
 

@@ -11,7 +11,7 @@ from tool_policy import BROKEN, CALLS, FAILING, UNKNOWN, make_tool_policy
 from trl import GRPOConfig, GRPOTrainer
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.resuming import pack, unpack
+from treerpo_trl.trainers.resuming import pack, unpack
 from treerpo_trl.views import print_tree, read_trees, render_page, tree_records, write_trees
 
 

@@ -18,9 +18,9 @@ from transformers import Qwen2ForCausalLM
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.growth import TreeShape
-from treerpo_trl.metrics import tree_metrics
 from treerpo_trl.prefix_sharing import pack_rows
-from treerpo_trl.timing import PHASES, PhaseTimer
+from treerpo_trl.reporting.metrics import tree_metrics
+from treerpo_trl.running.timing import PHASES, PhaseTimer
 
 
 DELAY = 0.1  # seconds a reward function takes

@@ -308,7 +308,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(case, run, tmp_path):
 def test_without_the_fix_a_resumed_run_ends_otherwise(case, run, tmp_path, monkeypatch):
     runs = run(*WHOLE[case])
     unbroken = runs.train(tmp_path / "unbroken").model
-    monkeypatch.setattr("treerpo_trl.resuming.restore_weights", lambda model, folder, load: load())
+    monkeypatch.setattr("treerpo_trl.trainers.resuming.restore_weights", lambda model, folder, load: load())
     resumed = runs.train(tmp_path / "unbroken", resume=str(tmp_path / "unbroken" / "checkpoint-2")).model
     assert differing(unbroken, resumed)
 

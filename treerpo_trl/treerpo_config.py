@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
+from .checks.compatibility import refuse_oversized_engine, refuse_unsupported
 from .checks.generation_options import check_generation_kwargs
 from .checks.moved_options import explains_unknown_options
 from .checks.objective import check_min_advantage, check_normalizer, check_prune_threshold
@@ -15,7 +16,6 @@ from .checks.options import check_options
 from .checks.paper import paper_setting
 from .checks.precision import bf16_explained
 from .checks.tree_shape import check_trees_fit, derive_tree, one_completion_allowed
-from .compatibility import refuse_oversized_engine, refuse_unsupported
 
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
 
-from .reporting.quiet import BITSANDBYTES
+from ..reporting.quiet import BITSANDBYTES
 
 
 NEEDS_CACHE = "its virtual tokens stand in the key-value cache, from which branches cannot continue"

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .credit import ESTIMATORS
+from ..credit import ESTIMATORS
 
 
 PAPER = {

@@ -11,8 +11,8 @@ from transformers import ProcessorMixin
 from trl.data_utils import is_conversational
 from trl.import_utils import is_vllm_available
 
-from .checks.generation_options import check_generation_kwargs
-from .checks.reward_functions import check_reward_columns, check_reward_funcs
+from .generation_options import check_generation_kwargs
+from .reward_functions import check_reward_columns, check_reward_funcs
 
 
 IMAGE_COLUMNS = ("image", "images")
@@ -23,7 +23,7 @@ USED_COLUMNS = ("prompt", *IMAGE_COLUMNS)
 
 
 def check_arguments(
-    args: Any, config_class: type, processing_class: Any, tools: Any, rollout_func: Any, environment_factory: Any
+    args: Any, config_class: type[Any], processing_class: Any, tools: Any, rollout_func: Any, environment_factory: Any
 ) -> None:
     """Refuse arguments of GRPOTrainer that a tree cannot use, and those that do not go together.
 

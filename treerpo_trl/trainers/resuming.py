@@ -22,7 +22,9 @@ from torch import Tensor
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOTrainer
 
-from .checkpoints import (
+from ..checks.split_rule import BEFORE_RULES
+from ..credit import ScoredTree
+from ..running.checkpoints import (
     Secret,
     check_settings,
     choose_checkpoint,
@@ -38,12 +40,10 @@ from .checkpoints import (
     save_state,
     seal,
 )
-from .checks.split_rule import BEFORE_RULES
-from .credit import ScoredTree
-from .locking import claim
-from .running.step_end_checkpoint import StepEndCheckpoint
-from .running.weights import restore_weights
-from .tree import Node, Tree
+from ..running.locking import claim
+from ..running.step_end_checkpoint import StepEndCheckpoint
+from ..running.weights import restore_weights
+from ..tree import Node, Tree
 
 
 class ResumableGRPOTrainer(GRPOTrainer):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .checks.options import refusal
-from .credit import ESTIMATORS
+from ..credit import ESTIMATORS
+from .options import refusal
 
 
 LOSS_TYPES = ("dapo", "bnpo", "cispo", "dr_grpo")

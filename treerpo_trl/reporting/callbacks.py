@@ -9,8 +9,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .views import build_index, print_tree, tree_records, write_page, write_trees
-from .views.files import step_path
+from ..views import build_index, print_tree, tree_records, write_page, write_trees
+from ..views.files import step_path
 
 
 logger = logging.getLogger(__name__)

@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
-from .checks.generation_options import options_on_trees
-from .credit import ESTIMATORS
-from .growth import Dialogues, Shape, grow, statistics_of
-from .growth.backends import TransformersBackend, VLLMBackend
-from .growth.tool_use import ToolUse
+from ..checks.arguments import check_prompt_lengths
+from ..checks.generation_options import options_on_trees
+from ..credit import ESTIMATORS
+from ..growth import Dialogues, Shape, grow, statistics_of
+from ..growth.backends import TransformersBackend, VLLMBackend
+from ..growth.tool_use import ToolUse
+from ..running.timing import timed
+from ..tree import Tree
 from .resuming import ResumableGRPOTrainer
-from .timing import timed
-from .tree import Tree
-from .validation import check_prompt_lengths
 
 
 class TreeSamplingTrainer(ResumableGRPOTrainer):

@@ -9,9 +9,9 @@ from functools import reduce
 from statistics import fmean
 from typing import Any
 
-from .credit import ScoredTree
-from .growth import Shape
-from .tree import Tree
+from ..credit import ScoredTree
+from ..growth import Shape
+from ..tree import Tree
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from .credit import find_reward_fault
+from ..credit import find_reward_fault
 
 
 LARGEST_REWARD = torch.finfo(torch.float32).max

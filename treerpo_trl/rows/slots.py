@@ -14,9 +14,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .credit import ScoredTree
-from .growth import Shape
-from .tree import ROOT, Tree
+from ..credit import ScoredTree
+from ..growth import Shape
+from ..tree import ROOT, Tree
 
 
 NO_NODE = -1
