@@ -15,8 +15,9 @@ STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.installing
 VLLM_STAMP := $(VLLM_VENV)/.installed
 # vLLM needs an older transformers, the oldest that the package supports, so what rests on it is tested there as well.
-VLLM_TESTS := $(addprefix tests/test_,backend_vllm.py vllm_tools.py vllm_server.py trl_contract.py reduces_to_grpo.py \
-                                      backend_transformers.py trainer.py evaluate_vllm.py generation_options.py)
+VLLM_TESTS := $(addprefix tests/,test_trl_contract.py test_trainer.py checks/test_generation_options.py \
+                          examples/test_evaluate_vllm.py growth/test_backend_transformers.py growth/test_backend_vllm.py \
+                          growth/test_vllm_tools.py processes/test_vllm_server.py training/test_reduces_to_grpo.py)
 
 SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 
@@ -69,6 +70,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(UNFINISHED)
 	@touch $@
 
-$(VLLM_STAMP): pyproject.toml tests/vllm_constraints.txt tests/make_vllm_env.sh
-	tests/make_vllm_env.sh $(PYTHON) $(VLLM_VENV)
+$(VLLM_STAMP): pyproject.toml tests/tools/vllm_constraints.txt tests/tools/make_vllm_env.sh
+	tests/tools/make_vllm_env.sh $(PYTHON) $(VLLM_VENV)
 	@touch $@

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from places import ROOT
 
 import treerpo_trl
 from treerpo_trl.reporting.quiet import BITSANDBYTES, DEEPSPEED, HeldBackLine, hold_back_lines
 
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
 

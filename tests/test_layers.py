@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 
-PACKAGE = Path(__file__).parents[1] / "treerpo_trl"
+PACKAGE = ROOT / "treerpo_trl"
 STANDARD = set(sys.stdlib_module_names)
 # Room or module -> what it may import besides the standard library. Everything named `treerpo_trl.*` stands above it.
 MAY_IMPORT = {

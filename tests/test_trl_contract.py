@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import make_tokenizer, spread_reward
+from tiny import make_tokenizer, spread_reward
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
