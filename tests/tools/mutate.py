@@ -46,6 +46,7 @@ TESTS_OF = {
     "growth.forks": ["growth/test_sampling.py", "rows/test_rows.py", "reporting/test_metrics.py", *SPLIT],
     "growth.delimiters": ["growth/test_sampling.py", *SPLIT],
     "prefix_sharing.attention": PACKED,
+    "prefix_sharing.flex": PACKED,
     "prefix_sharing.forward": PACKED,
     "prefix_sharing.layout": PACKED,
     "prefix_sharing.packing": PACKED,
