@@ -52,7 +52,8 @@ PUBLIC_PLACES = {
     "checkpoints": {"treerpo_trl.running"},
     "statistics": {"treerpo_trl.evaluation"},
 }
-ALLOWED = {**MAY_IMPORT, "treerpo_trainer": TRAINER, **PUBLIC_PLACES, "__init__": {"treerpo_trl"}}
+PROGRAMS = {"plan": {"treerpo_trl.growth", "rich", "torch", "transformers"}}
+ALLOWED = {**MAY_IMPORT, "treerpo_trainer": TRAINER, **PUBLIC_PLACES, **PROGRAMS, "__init__": {"treerpo_trl"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -123,8 +123,8 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "module: NO_MASK_SHAPE = (1, 1, 1, 1)  ->  NO_MASK_SHAPE = (1, 1, 0, 1)",
         ],
         "both are made of equal length; the check is for readers": [
-            "tree_attention: …m_keys in shapes], dim=1), strict=True)  ->  …m_keys in shapes], dim=1))",
-            "tree_attention: … shapes], dim=1), strict=True)  ->  … shapes], dim=1), strict=False)",
+            "_attend_in_groups: …m_keys in shapes], dim=1), strict=True)  ->  …m_keys in shapes], dim=1))",
+            "_attend_in_groups: … shapes], dim=1), strict=True)  ->  … shapes], dim=1), strict=False)",
         ],
         "the flag means nothing where there are as many key heads as heads": [
             "_attend: …ing, enable_gqa=repeats > 1)  ->  …ing, enable_gqa=repeats >= 1)",

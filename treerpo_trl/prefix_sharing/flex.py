@@ -8,6 +8,7 @@ Legend: B rows, L columns of a row, S packed positions, I blocks of queries, J b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -45,19 +46,23 @@ def attend_in_blocks(
     if dropout_p > 0:
         raise ValueError(f"FlexAttention has no dropout, but attention weights are to be dropped with p={dropout_p:g}")
 
-    def cap(score: Tensor, *_: Tensor) -> Tensor:
-        return torch.tanh(score / softcap) * softcap
-
-    output = _kernel(query.device.type)(
+    output: Tensor = _kernel(query.device.type)(
         query[None],
         key[None],
         value[None],
-        score_mod=None if softcap is None else cap,
+        score_mod=None if softcap is None else _cap(softcap),
         block_mask=block_mask(layout.paths, window, query.device),
         scale=scaling,
         enable_gqa=query.size(0) > key.size(0),
     )
     return output[0]
+
+
+def _cap(softcap: float) -> Callable[..., Tensor]:
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        return torch.tanh(score / softcap) * softcap
+
+    return cap
 
 
 def block_mask(paths: Paths, window: int | None, device: torch.device) -> BlockMask:
