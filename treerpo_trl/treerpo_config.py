@@ -133,6 +133,9 @@ class TreeRPOConfig(GRPOConfig):
         replay_environments (`bool`, *optional*, defaults to `False`):
             With an `environment_factory`: copy an environment that has no `fork()` by a fresh `reset` and the same
             calls, rather than by `copy.deepcopy`. For environments that always answer the same to the same.
+        compact_log (`bool`, *optional*, defaults to `True`):
+            Whether the terminal shows one line of main metrics a log (loss, reward, kept groups, length, tokens,
+            seconds) instead of all of them. Trackers and `trainer.state.log_history` have all of them either way.
         log_trees (`bool`, *optional*, defaults to `False`):
             Whether to write the trees to `<output_dir>/trees`, as parquet files and as pages for a browser, and to
             print some in the terminal.
@@ -231,15 +234,14 @@ class TreeRPOConfig(GRPOConfig):
         metadata={"help": "Rows a prompt takes, the leaves of a whole tree. Derived; if given, it is checked."},
     )
     max_completion_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most tokens of a completion. Defaults to `max_depth * segment_length`; it may be smaller by less "
-            "than a segment."
-        },
+        default=None, metadata={"help": "Most tokens of a completion. Defaults to `max_depth * segment_length`."}
     )
     replay_environments: bool = field(
         default=False,
         metadata={"help": "Copy an environment by a fresh reset and the same calls, rather than by copy.deepcopy."},
+    )
+    compact_log: bool = field(
+        default=True, metadata={"help": "Show one line of main metrics a log in the terminal, instead of all."}
     )
     log_trees: bool = field(
         default=False,

@@ -30,6 +30,7 @@ from .growth.backends import find_context_length
 from .growth.tool_use import ToolUse
 from .prefix_sharing import PrefixSharing
 from .reporting.callbacks import TreeLoggingCallback
+from .reporting.console import print_compactly
 from .reporting.metrics import Metrics, call_metrics, pool, step_metrics, tree_metrics
 from .reporting.model_card import PAPER, write_model_card
 from .reporting.starvation import StarvationWatch
@@ -178,6 +179,8 @@ class TreeRPOTrainer(TreeSamplingTrainer):
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         self._prefix_sharing = PrefixSharing(args.prefix_sharing, models, self.accelerator)
         self._loss_inputs: dict[str, Any] | None = None
+        if args.compact_log:
+            print_compactly(self)
         if args.log_trees:
             self.add_callback(TreeLoggingCallback(self, args.log_trees_steps, args.num_trees_to_print))
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):

@@ -14,7 +14,6 @@ from statistics import NormalDist, fmean
 
 import datasets
 import evaluate
-import math_rewards
 import numpy as np
 import prepare_data
 import pytest
@@ -30,7 +29,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import GRPOConfig, TrlParser
 from trl.scripts import grpo
 
-from treerpo_trl import TreeRPOConfig
+from treerpo_trl import TreeRPOConfig, rewards
 from treerpo_trl.growth import Backend, TreeShape, grow
 from treerpo_trl.tree import Segment
 
@@ -103,8 +102,8 @@ def test_grpo_shares_every_other_setting(eight_processes, size, method):
     assert {name for name in names if getattr(tree, name) != getattr(flat, name)} == DIFFERING
     assert model == grpo_model
     # By name and by the path that TRL's script imports it from.
-    rewards = [train.load_reward_func(name) for name in (*script.reward_funcs, *grpo_script.reward_funcs)]
-    assert rewards == [math_rewards.boxed_math_accuracy_reward] * 2
+    functions = [train.load_reward_func(name) for name in (*script.reward_funcs, *grpo_script.reward_funcs)]
+    assert functions == [rewards.boxed_math_accuracy_reward] * 2
     assert model.model_name_or_path == f"Qwen/Qwen2.5-Math-{size.upper()}"
 
 
@@ -348,8 +347,6 @@ def test_launch_line_in_the_header_is_the_readmes(name):
     documented = [shlex.split(line) for line in "".join(blocks(SECTION)).replace("\\\n", " ").splitlines()]
     assert all(line in documented for line in words)
     assert f"examples/recipes/{name}" in words[-1]
-    # TRL's script has no rewards of ours: it has to find their module.
-    assert ("PYTHONPATH=examples" in words[-1]) == name.startswith("grpo")
 
 
 def test_prepared_data_is_what_the_recipes_read():
@@ -390,7 +387,7 @@ SMALL += ["--steps_per_generation", "2", "--gradient_accumulation_steps", "1", "
 SMALL += ["--bf16", "false", "--use_vllm", "false", "--learning_rate", "1e-2", "--logging_steps", "1"]
 SMALL += ["--save_steps", "2", "--report_to", "none", "--disable_tqdm", "true", "--output_dir", "out"]
 # The recipe's, and one that a random model does not always miss.
-SMALL += ["--reward_funcs", "math_rewards.boxed_math_accuracy_reward", "my_rewards.parity_reward"]
+SMALL += ["--reward_funcs", "treerpo_trl.rewards.boxed_math_accuracy_reward", "my_rewards.parity_reward"]
 
 
 @pytest.fixture
@@ -460,7 +457,7 @@ def test_launch_line_of_trls_script(folder, llama_path):
     option, config = parsed.training_script_args
     command += [option, str(ROOT / config), "--model_name_or_path", llama_path, *SMALL]
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(EXAMPLES)
+    environment["PYTHONPATH"] = str(ROOT)
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     check_trained(folder, llama_path)

@@ -3,14 +3,14 @@ r"""Rewards for MATH-style answers: TRL's `accuracy_reward`, for gold answers an
 TRL's reward asks for gold answers inside a formula and for responses with every brace written out. MATH's golds are
 bare, and its own solutions write `\frac43` and `\sqrt2`, which TeX reads as `\frac{4}{3}` and `\sqrt{2}`.
 
-`math_accuracy_reward` takes an answer from any formula, `boxed_math_accuracy_reward` from the last `\boxed` only.
+`math_accuracy_reward` takes an answer from any formula, `boxed_math_accuracy_reward` from the last `\boxed` only. Both
+need math-verify: `pip install "treerpo-trl[math]"`.
 """
 
 import re
 from collections.abc import Callable
 from typing import Any
 
-from train_data import to_solution
 from trl.rewards import accuracy_reward
 
 
@@ -21,6 +21,7 @@ ARGUMENT = re.compile(r"\s*(\\[a-zA-Z]+|[^\s\\{}$&^_\]])")
 OPTION = re.compile(r"\s*\[[^\[\]]*\]")
 BOX = re.compile(r"\\boxed(?![a-zA-Z])")
 OPENING_BRACE = re.compile(r"\s*\{")
+MARKED_ANSWER = re.compile(r"(?<!\\)(\$|\\\(|\\\[|\\boxed)")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # the first alternative steps over an escaped brace
 
 
@@ -64,6 +65,19 @@ def boxed_math_accuracy_reward(
     return math_accuracy_reward(boxed, [last_box(gold) or gold for gold in golds], log_extra=log_extra)
 
 
+def to_solution(answer: Any) -> str:
+    """The right answer as math-verify reads it best: LaTeX in `$...$`, unless it has a formula or a box already."""
+    if isinstance(answer, list):
+        if len(answer) != 1:
+            raise ValueError(
+                f"dataset_solution_column holds {len(answer)} answers in a row ({answer}), but a completion is "
+                "compared with one; keep one answer a row"
+            )
+        answer = answer[0]
+    text = "" if answer is None else str(answer).strip()
+    return text if not text or MARKED_ANSWER.search(text) else f"${text}$"
+
+
 def last_box(text: str) -> str:
     r"""The last `\boxed{...}` of a text, or "" if there is none or the last one does not end.
 
@@ -94,9 +108,10 @@ def take_argument(text: str, start: int) -> tuple[str, int]:
         if COMMAND.match(argument[1]):  # an argument with arguments of its own, which TeX itself refuses
             return "", start
         return "{" + argument[1] + "}", argument.end()
-    opening, depth = OPENING_BRACE.match(text, start), 1
-    for brace in BRACE.finditer(text, opening.end()) if opening else ():
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if not depth:
-            return text[opening.end() - 1 : brace.end()], brace.end()
+    if opening := OPENING_BRACE.match(text, start):
+        depth = 1
+        for brace in BRACE.finditer(text, opening.end()):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if not depth:
+                return text[opening.end() - 1 : brace.end()], brace.end()
     return "", start

@@ -1,6 +1,5 @@
 r"""The reward for MATH-style answers: golds as they stand in the data, LaTeX as people write it."""
 
-import math_rewards
 import pytest
 from datasets import Dataset
 from hypothesis import given
@@ -8,16 +7,16 @@ from hypothesis import strategies as st
 from paper_data import find_data
 from trl.rewards import accuracy_reward
 
+from treerpo_trl import rewards
+
 
 def score(content: str, gold: str) -> float | None:
-    return math_rewards.math_accuracy_reward([[{"role": "assistant", "content": content}]], [gold])[0]
+    return rewards.math_accuracy_reward([[{"role": "assistant", "content": content}]], [gold])[0]
 
 
 def score_boxed(*contents: str, gold: str | list[str]) -> list[float | None]:
     golds = [gold] * len(contents) if isinstance(gold, str) else gold
-    return math_rewards.boxed_math_accuracy_reward(
-        [[{"role": "assistant", "content": text}] for text in contents], golds
-    )
+    return rewards.boxed_math_accuracy_reward([[{"role": "assistant", "content": text}] for text in contents], golds)
 
 
 def reference_solutions(step: int) -> tuple[list[str], list[str]]:
@@ -54,7 +53,7 @@ def reference_solutions(step: int) -> tuple[list[str], list[str]]:
     ],
 )
 def test_braces_are_where_tex_would_put_them(text, braced):
-    assert math_rewards.add_braces(text) == braced
+    assert rewards.add_braces(text) == braced
 
 
 pieces = st.sampled_from(["\\frac", "\\sqrt", "\\dfrac", "\\pi", "\\{", "\\", *"{}[]$ 12x"])
@@ -62,8 +61,8 @@ pieces = st.sampled_from(["\\frac", "\\sqrt", "\\dfrac", "\\pi", "\\{", "\\", *"
 
 @given(st.lists(pieces, max_size=12).map("".join))
 def test_braces_are_written_once_and_change_nothing_else(text):
-    braced = math_rewards.add_braces(text)
-    assert math_rewards.add_braces(braced) == braced
+    braced = rewards.add_braces(text)
+    assert rewards.add_braces(braced) == braced
     bare = str.maketrans("", "", "{} ")
     assert braced.translate(bare) == text.translate(bare)
 
@@ -87,7 +86,7 @@ def test_answers_are_compared_by_what_they_are_worth(content, gold, reward):
 def test_extra_columns_reach_the_completions_table():
     logged = {}
     completion = [{"role": "assistant", "content": r"$\boxed{\frac43}$"}]
-    math_rewards.math_accuracy_reward([completion], ["7"], log_extra=logged.__setitem__)
+    rewards.math_accuracy_reward([completion], ["7"], log_extra=logged.__setitem__)
     assert logged["solution"] == ["$7$"] and set(logged) == {"solution", "gold_parsed", "answer_parsed"}
 
 
@@ -96,9 +95,9 @@ def test_reference_solutions_of_math_are_correct():
     """All 7,500 training rows: at least 99% by this reward, which loses none that TRL's accepts."""
     solutions, golds = reference_solutions(step=1)
     completions = [[{"role": "assistant", "content": text}] for text in solutions]
-    rewards = math_rewards.math_accuracy_reward(completions, golds)
-    assert sum(reward == 1 for reward in rewards) >= 0.99 * len(golds)
-    missed = [index for index, reward in enumerate(rewards) if reward != 1]
+    scores = rewards.math_accuracy_reward(completions, golds)
+    assert sum(reward == 1 for reward in scores) >= 0.99 * len(golds)
+    missed = [index for index, reward in enumerate(scores) if reward != 1]
     theirs = accuracy_reward([completions[i] for i in missed], [f"${golds[i]}$" for i in missed])
     assert not any(reward == 1 for reward in theirs)
 
@@ -106,7 +105,7 @@ def test_reference_solutions_of_math_are_correct():
 def test_deep_nesting_is_no_recursion():
     depth = 600
     text = r"\sqrt{" * depth + r"\frac12" + "}" * depth
-    assert math_rewards.add_braces(text) == text.replace("12", "{1}{2}")
+    assert rewards.add_braces(text) == text.replace("12", "{1}{2}")
 
 
 @pytest.mark.parametrize(
@@ -130,12 +129,12 @@ def test_deep_nesting_is_no_recursion():
     ],
 )
 def test_the_last_box_counts(text, box):
-    assert math_rewards.last_box(text) == box
+    assert rewards.last_box(text) == box
 
 
 @given(st.lists(pieces, max_size=12).map("".join), st.lists(pieces, max_size=6).map("".join))
 def test_whatever_stands_around_it_the_last_box_is_found(before, after):
-    assert math_rewards.last_box(before + r"\boxed{\frac{1}{\}}}" + after) == r"\boxed{\frac{1}{\}}}"
+    assert rewards.last_box(before + r"\boxed{\frac{1}{\}}}" + after) == r"\boxed{\frac{1}{\}}}"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,7 @@ def test_only_the_answer_in_the_box_counts(content, gold, reward):
 def test_extra_columns_of_a_boxed_answer():
     logged = {}
     completions = [[{"role": "assistant", "content": text}] for text in (r"$6$, no: $\boxed{7}$", "$7$")]
-    math_rewards.boxed_math_accuracy_reward(completions, ["7", "7"], log_extra=logged.__setitem__)
+    rewards.boxed_math_accuracy_reward(completions, ["7", "7"], log_extra=logged.__setitem__)
     assert logged["answer_parsed"] == ["[7, '7']", "[unparseable]"]
 
 
@@ -179,7 +178,7 @@ def test_boxed_reference_solutions_of_math():
     assert score_boxed(*solutions, gold=golds) == [1.0] * 250
     boxless = without_box(solutions, golds)
     assert score_boxed(*boxless, gold=golds) == [0.0] * 250
-    anywhere = math_rewards.math_accuracy_reward([[{"role": "assistant", "content": text}] for text in boxless], golds)
+    anywhere = rewards.math_accuracy_reward([[{"role": "assistant", "content": text}] for text in boxless], golds)
     assert sum(reward == 1 for reward in anywhere) >= 240
 
 
