@@ -301,7 +301,7 @@ def plot_leaves(results: dict[str, dict[str, list[float]]], path: str) -> None:
         axes.fill_between(
             leaves, [min(each) for each in values], [max(each) for each in values], color=color, alpha=0.2
         )
-    axes.set(xscale="log", yscale="log", xlabel="leaves of a tree, or completions of a prompt", ylabel="ms a leaf")
+    axes.set(xscale="log", ylim=(0, None), xlabel="leaves of a tree, or completions of a prompt", ylabel="ms a leaf")
     axes.set_xticks(leaves, [f"{number}\n{shape}" for number, shape in zip(leaves, results, strict=True)])
     axes.minorticks_off()
     axes.legend(frameon=False)
