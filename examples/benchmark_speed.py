@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -246,16 +246,17 @@ def peak_memory(trainer, batch: dict[str, Any], way: str) -> float:
     return peak
 
 
-def count_tokens(trainer, batch: dict[str, Any]) -> dict[str, int]:
-    """Positions that are computed in each way, and distinct tokens of the trees."""
+def count_tokens(batch: dict[str, Any], trees: Sequence[Any]) -> dict[str, int]:
+    """Positions that are computed in each way for what the loss needs, and distinct tokens of the batch's trees."""
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     most_shared = {"rows": 0, "prompts": batch["prompt_ids"].size(1), "tree": None}
+    needed = (batch["completion_mask"] * batch["tool_mask"]) > 0
     computed = {
-        way: pack_rows(input_ids, mask, batch["completion_mask"] > 0, most_shared=most).input_ids.numel()
+        way: pack_rows(input_ids, mask, needed, most_shared=most).input_ids.numel()
         for way, most in most_shared.items()
     }
-    distinct = sum(len(scored.tree.prompt_ids) + scored.tree.num_sampled_tokens for scored in trainer.last_trees)
+    distinct = sum(len(scored.tree.prompt_ids) + scored.tree.num_sampled_tokens for scored in trees)
     return {**computed, "dense": input_ids.numel(), "distinct": distinct}
 
 
@@ -267,6 +268,7 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, list[float]]:
         flat, tree = make_trainers(args, branching, output_dir)
         time_step(flat, args), time_step(tree, args)
         batch = tree._generate_and_score_completions(make_batch(tree, args))
+        tokens = count_tokens(batch, tree.last_trees)
         for way in WAYS:
             time_training(tree, batch, way)
         for _ in tqdm(range(args.repeats), desc=shape):
@@ -282,7 +284,6 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, list[float]]:
             for way, name in OTHER_WAYS.items():
                 figures[name].append(seconds[way] / seconds["tree"])
         figures["memory_ratio"] = [peak_memory(tree, batch, "tree") / peak_memory(tree, batch, "dense")]
-        tokens = count_tokens(tree, batch)
         figures["computed_over_unique"] = [tokens["tree"] / tokens["distinct"]]
         figures["rho"] = [tokens["rows"] / tokens["tree"]]
         figures["share_of_rho"] = [ratio / figures["rho"][0] for ratio in figures["train_ratio_rows"]]

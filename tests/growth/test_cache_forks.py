@@ -25,7 +25,7 @@ FAULTS = {
     "granite_hybrid": "not made of per-token keys and values alone: DynamicCache, LinearAttentionLayer",
     "recurrent_gemma": "not made of per-token keys and values alone",
     "mamba": "not made of per-token keys and values alone",
-    "openai_gpt": "ValueError: The following `model_kwargs` are not used by the model: ['past_key_values']",
+    "openai_gpt": f"ValueError: The following `model_kwargs` are not used by the model: ['{caches.CACHE}']",
 }
 
 
@@ -134,11 +134,11 @@ def test_a_fork_that_gives_something_else_is_found(model, monkeypatch, fork, dty
 class Forgetful(Qwen2ForCausalLM):
     """Takes its positions from how often it was called, as if no cache was ever forked."""
 
-    def forward(self, input_ids=None, past_key_values=None, position_ids=None, **kwargs):
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
         self.position = 0 if input_ids.size(1) > 1 else self.position + 1
         if input_ids.size(1) == 1:
             position_ids = torch.full_like(position_ids, self.position + 3)
-        return super().forward(input_ids, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+        return super().forward(input_ids, position_ids=position_ids, **kwargs)
 
 
 class Hoarder(Qwen2ForCausalLM):
@@ -153,10 +153,11 @@ class Hoarder(Qwen2ForCausalLM):
 class Refuser(Qwen2ForCausalLM):
     """Cannot continue more rows than it has read."""
 
-    def forward(self, *args, past_key_values=None, **kwargs):
-        if past_key_values is not None and past_key_values.get_seq_length() and kwargs["input_ids"].size(0) == 4:
+    def forward(self, *args, **kwargs):
+        cache = kwargs.get(caches.CACHE)
+        if cache is not None and cache.get_seq_length() and kwargs["input_ids"].size(0) == 4:
             raise ValueError("no room for 4 rows")
-        return super().forward(*args, past_key_values=past_key_values, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
