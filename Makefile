@@ -2,11 +2,14 @@
 #   PYTHON  the interpreter the environment is made with (default: python3)
 #   VENV    where the environment lives                  (default: .venv)
 #   ARGS    handed on to the command of quickstart, test, gpu-check and test-vllm
+#   TORCH   for dist, the torch to test the wheel with, e.g. torch==2.13.0 (default: the newest that is allowed)
 #   JOBS    how many processes run the tests             (default: 2; 0 runs them in one, as pdb needs it)
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+DIST_VENV := .venv-dist
+TORCH ?=
 ARGS ?=
 JOBS ?= 2
 
@@ -15,13 +18,14 @@ STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.installing
 VLLM_STAMP := $(VLLM_VENV)/.installed
 # vLLM needs an older transformers, the oldest that the package supports, so what rests on it is tested there as well.
-VLLM_TESTS := $(addprefix tests/test_,backend_vllm.py vllm_tools.py vllm_server.py trl_contract.py reduces_to_grpo.py \
-                                      backend_transformers.py trainer.py evaluate_vllm.py generation_options.py)
+VLLM_TESTS := $(addprefix tests/,test_trl_contract.py test_trainer.py checks/test_generation_options.py \
+                          examples/test_evaluate_vllm.py growth/test_backend_transformers.py growth/test_backend_vllm.py \
+                          growth/test_vllm_tools.py processes/test_vllm_server.py training/test_reduces_to_grpo.py)
 
 SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test gpu-check test-vllm lint docs clean
+.PHONY: help install quickstart test gpu-check test-vllm lint docs dist clean
 
 help:  ## Show this list
 	@echo 'usage: make TARGET [ARGS="..."] [JOBS=2] [PYTHON=python3] [VENV=.venv]'
@@ -49,8 +53,18 @@ lint: $(STAMP)  ## Check style, formatting and types
 docs: $(STAMP)  ## Build the documentation into site/; a warning is an error
 	$(BIN)/mkdocs build --strict
 
+dist: $(STAMP)  ## Build wheel and sdist, check them, and run the quickstart from the wheel in a new environment
+	rm -rf dist $(DIST_VENV)
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_VENV)/bin/python -m pip install dist/*.whl $(TORCH)
+	cd examples && ../$(DIST_VENV)/bin/accelerate launch --config_file ../accelerate_configs/single_cpu.yaml \
+	    quickstart.py --output_dir ../$(DIST_VENV)/quickstart-output
+	rm -rf $(DIST_VENV)
+
 clean:  ## Remove the virtual environments, caches and build outputs
-	rm -rf $(VENV) $(VLLM_VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DIST_VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment without pip, or one whose installation was cut short, is made anew; any other is kept and updated.
@@ -72,6 +86,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(UNFINISHED)
 	@touch $@
 
-$(VLLM_STAMP): pyproject.toml tests/vllm_constraints.txt tests/make_vllm_env.sh
-	tests/make_vllm_env.sh $(PYTHON) $(VLLM_VENV)
+$(VLLM_STAMP): pyproject.toml tests/tools/vllm_constraints.txt tests/tools/make_vllm_env.sh
+	tests/tools/make_vllm_env.sh $(PYTHON) $(VLLM_VENV)
 	@touch $@

@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden_size", type=int, default=256, help="width of the random Qwen2")
     parser.add_argument("--num_layers", type=int, default=6, help="layers of the random Qwen2")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16")
+    parser.add_argument("--plot", help="file for a figure of what a leaf costs, by the number of leaves")
     return parser.parse_args()
 
 
@@ -245,16 +246,17 @@ def peak_memory(trainer, batch: dict[str, Any], way: str) -> float:
     return peak
 
 
-def count_tokens(trainer, batch: dict[str, Any]) -> dict[str, int]:
-    """Positions that are computed in each way, and distinct tokens of the trees."""
+def count_tokens(batch: dict[str, Any], trees: Sequence[Any]) -> dict[str, int]:
+    """Positions that are computed in each way for what the loss needs, and distinct tokens of the batch's trees."""
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     most_shared = {"rows": 0, "prompts": batch["prompt_ids"].size(1), "tree": None}
+    needed = (batch["completion_mask"] * batch["tool_mask"]) > 0
     computed = {
-        way: pack_rows(input_ids, mask, batch["completion_mask"] > 0, most_shared=most).input_ids.numel()
+        way: pack_rows(input_ids, mask, needed, most_shared=most).input_ids.numel()
         for way, most in most_shared.items()
     }
-    distinct = sum(len(scored.tree.prompt_ids) + scored.tree.num_sampled_tokens for scored in trainer.last_trees)
+    distinct = sum(len(scored.tree.prompt_ids) + scored.tree.num_sampled_tokens for scored in trees)
     return {**computed, "dense": input_ids.numel(), "distinct": distinct}
 
 
@@ -266,6 +268,7 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, list[float]]:
         flat, tree = make_trainers(args, branching, output_dir)
         time_step(flat, args), time_step(tree, args)
         batch = tree._generate_and_score_completions(make_batch(tree, args))
+        tokens = count_tokens(batch, tree.last_trees)
         for way in WAYS:
             time_training(tree, batch, way)
         for _ in tqdm(range(args.repeats), desc=shape):
@@ -274,16 +277,37 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, list[float]]:
                 for phase, value in seconds.items():
                     figures[f"{name} {phase}"].append(value)
             figures["step_ratio"].append(steps["TreeRPO"]["step"] / steps["GRPO"]["step"])
+            for name, seconds in steps.items():
+                figures[f"{name} leaf"].append(1000 * seconds["step"] / (math.prod(branching) * args.num_prompts))
             figures["sampling_ratio"].append(steps["TreeRPO"]["sampling"] / steps["GRPO"]["sampling"])
             seconds = {way: time_training(tree, batch, way) for way in WAYS}
             for way, name in OTHER_WAYS.items():
                 figures[name].append(seconds[way] / seconds["tree"])
         figures["memory_ratio"] = [peak_memory(tree, batch, "tree") / peak_memory(tree, batch, "dense")]
-        tokens = count_tokens(tree, batch)
         figures["computed_over_unique"] = [tokens["tree"] / tokens["distinct"]]
         figures["rho"] = [tokens["rows"] / tokens["tree"]]
         figures["share_of_rho"] = [ratio / figures["rho"][0] for ratio in figures["train_ratio_rows"]]
     return figures
+
+
+def plot_leaves(results: dict[str, dict[str, list[float]]], path: str) -> None:
+    """What a leaf of a step costs, with its range, by the number of leaves."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    leaves = [math.prod(map(int, shape.split("x"))) for shape in results]
+    for name, color in (("GRPO", "#8a8a8a"), ("TreeRPO", "#1f6f43")):
+        values = [figures[f"{name} leaf"] for figures in results.values()]
+        axes.plot(leaves, [statistics.median(each) for each in values], "o-", color=color, label=name)
+        axes.fill_between(
+            leaves, [min(each) for each in values], [max(each) for each in values], color=color, alpha=0.2
+        )
+    axes.set(xscale="log", ylim=(0, None), xlabel="leaves of a tree, or completions of a prompt", ylabel="ms a leaf")
+    axes.set_xticks(leaves, [f"{number}\n{shape}" for number, shape in zip(leaves, results, strict=True)])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -298,6 +322,8 @@ def main() -> None:
         "TreeRPO scoring": "scoring, s",
         "TreeRPO training": "training, s",
         "TreeRPO step": "whole step, s",
+        "GRPO leaf": "GRPO: a leaf of a step, ms",
+        "TreeRPO leaf": "TreeRPO: a leaf of a step, ms",
         "TreeRPO own": "share of trees, credit and rows",
         "sampling_ratio": "sampling, TreeRPO / GRPO",
         "step_ratio": "whole step, TreeRPO / GRPO",
@@ -330,6 +356,8 @@ def main() -> None:
         "memory_ratio",
         "step_ratio",
         "sampling_ratio",
+        "GRPO leaf",
+        "TreeRPO leaf",
         "TreeRPO own",
     ]
     medians = {
@@ -337,6 +365,8 @@ def main() -> None:
         for figure in summary
     }
     medians["own_share"] = medians.pop("TreeRPO own")
+    if args.plot:
+        plot_leaves(results, args.plot)
     print(json.dumps(medians))
 
 

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from train_data import FILE_FORMATS, check_rewards_served, load_split, look_up, to_messages, to_solution
+from train_data import FILE_FORMATS, check_rewards_served, load_split, look_up, to_messages
 
 from treerpo_trl.evaluation import Response
+from treerpo_trl.rewards import to_solution
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ CPU it runs with `--sizes tiny`.
 
 - exact: log-probabilities and gradients of shared prefixes against dense rows, in float32 and in bf16, beside the
   distance of bf16 itself from float32; and whether the same step twice gives the same bits.
+- kernels: seconds of training with FlexAttention against those with SDPA, and the difference between their gradients.
 - speed: seconds of sampling, training and a whole step against GRPO with as many completions, and of training against
   rows without padding.
 - memory: peak of sampling, against what `max_frontier_rows` is said to bound.
@@ -21,6 +22,7 @@ CPU it runs with `--sizes tiny`.
 import argparse
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -28,6 +30,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import benchmark_memory
 import benchmark_speed
@@ -42,6 +45,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.prefix_sharing import forward
+from treerpo_trl.prefix_sharing.attention import KERNELS
 
 
 # Hidden size, width of the feed-forward layers, layers, heads, heads of keys, vocabulary.
@@ -144,6 +148,49 @@ def check_exact(size: str, lengths: argparse.Namespace) -> dict[str, Any]:
         "log_probs_bf16_dense": (exact - low_dense).abs().mean().item(),
         "gradient": ((of_dense - of_shared).norm() / of_dense.norm()).item(),
         "gradient_has_same_bits_again": torch.equal(of_shared, gradient(True)),
+        "and_with_deterministic_algorithms": repeats_with_deterministic_algorithms(gradient),
+    }
+
+
+def repeats_with_deterministic_algorithms(gradient: Callable[[bool], torch.Tensor]) -> bool:
+    """Whether shared prefixes give the same bits twice, as `full_determinism=True` has it."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return torch.equal(gradient(True), gradient(True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_kernels(size: str, lengths: argparse.Namespace) -> dict[str, Any]:
+    """The attention of packed rows by FlexAttention, the first calls left out: they compile it."""
+    if not HAS_GPU:
+        return {"skipped": "FlexAttention has a backward pass on GPUs only"}
+    trainer = make_trainer(TreeRPOTrainer, size, lengths, "bfloat16")
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    batches = [
+        trainer._generate_and_score_completions([trainer.train_dataset[index] for _ in range(64)])
+        for index in range(4)
+    ]
+
+    def timed_gradient(kernel: str, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
+        trainer.model.zero_grad()
+        with patch.dict(KERNELS, sdpa=KERNELS[kernel]):
+            start = benchmark_speed.now()
+            trainer.compute_loss(trainer.model, batch).backward()
+            seconds = benchmark_speed.now() - start
+        return seconds, torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+
+    ratios, differences = [], []
+    for batch in batches:  # of other lengths each
+        seconds, gradient = timed_gradient("sdpa", batch)
+        of_flex, other = timed_gradient("flex_attention", batch)
+        ratios.append(of_flex / seconds)
+        differences.append(((gradient - other).norm() / gradient.norm()).item())
+    return {
+        "flex_by_sdpa": statistics.median(ratios[1:]),
+        "flex_by_sdpa_first": ratios[0],
+        "gradient": max(differences),
     }
 
 
@@ -207,6 +254,7 @@ def check_training(size: str, lengths: argparse.Namespace) -> dict[str, Any]:
 
 CHECKS: dict[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
     "exact": check_exact,
+    "kernels": check_kernels,
     "speed": check_speed,
     "memory": check_memory,
     "training": check_training,
@@ -231,6 +279,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Check by check; one that fails is reported, and the others go on."""
     args = parse_arguments()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms ask for
     start = time.monotonic()
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if HAS_GPU else "CPU", "torch": torch.__version__}
     table = Table("check", "size", "figure", "value", title=found["device"])

@@ -56,7 +56,6 @@ from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 # isort: split
 from command_line import ScriptParser, names_of
 from datasets import Dataset, IterableDataset
-from math_rewards import boxed_math_accuracy_reward, math_accuracy_reward
 from train_data import drop_long_prompts, load_split, set_columns
 from transformers import AutoProcessor
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -69,6 +68,7 @@ from trl.rewards import (
 
 from treerpo_trl.adapters import check_quantization
 from treerpo_trl.checkpoints import last_complete_checkpoint
+from treerpo_trl.rewards import boxed_math_accuracy_reward, math_accuracy_reward
 
 
 REWARD_FUNCS: dict[str, Callable] = {

@@ -1,6 +1,5 @@
 """What `train.py` does to a dataset: load a split, find the prompt and the right answer, drop long prompts."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from trl import is_conversational
+
+from treerpo_trl.rewards import to_solution
 
 
 FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -20,7 +21,6 @@ NEED_SOLUTION = (
 )
 NEED_MESSAGES = (*NEED_SOLUTION, "think_format_reward")
 # What math-verify finds an answer in. After a backslash a dollar is an amount of money, and a bracket a line's height.
-MARKED_ANSWER = re.compile(r"(?<!\\)(\$|\\\(|\\\[|\\boxed)")
 
 
 def load_split(name: str | None, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
@@ -66,19 +66,6 @@ def look_up(row: Mapping[str, Any], column: str, option: str) -> Any:
             )
         value = value[key]
     return value
-
-
-def to_solution(answer: Any) -> str:
-    """The right answer as math-verify reads it best: LaTeX in `$...$`, unless it has a formula or a box already."""
-    if isinstance(answer, list):
-        if len(answer) != 1:
-            raise ValueError(
-                f"dataset_solution_column holds {len(answer)} answers in a row ({answer}), but a completion is "
-                "compared with one; keep one answer a row"
-            )
-        answer = answer[0]
-    text = "" if answer is None else str(answer).strip()
-    return text if not text or MARKED_ANSWER.search(text) else f"${text}$"
 
 
 def to_messages(prompt: str | list[dict[str, str]], system_prompt: str) -> list[dict[str, str]]:

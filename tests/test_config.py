@@ -5,7 +5,8 @@ import math
 import pytest
 from trl import TrlParser
 
-from treerpo_trl import TreeRPOConfig, compatibility, rows
+from treerpo_trl import TreeRPOConfig, rows
+from treerpo_trl.checks import compatibility
 from treerpo_trl.credit import ESTIMATORS
 
 

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from places import ROOT
 
 import treerpo_trl
 from treerpo_trl.reporting.quiet import BITSANDBYTES, DEEPSPEED, HeldBackLine, hold_back_lines
 
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -173,7 +173,7 @@ def test_the_line_of_bitsandbytes_is_shown_once_weights_are_quantized(monkeypatc
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    from treerpo_trl import adapters
+    from treerpo_trl.checks import adapters
 
     shown = []
     monkeypatch.setattr(adapters, "BITSANDBYTES", SimpleNamespace(show=lambda: shown.append(True)))

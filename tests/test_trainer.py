@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import EOS, PAD, coin_reward, make_tokenizer, spread, spread_reward, tiny_config
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
+from tiny import EOS, PAD, coin_reward, make_tokenizer, spread, spread_reward, tiny_config
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 from trl import GRPOConfig
 

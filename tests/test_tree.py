@@ -1,8 +1,8 @@
 """Laws of Tree: indices, paths and what may grow where."""
 
 import pytest
-from conftest import forests
 from hypothesis import given
+from random_trees import forests
 
 from treerpo_trl.tree import NO_PARENT, ROOT, Node, Segment, Tree
 

@@ -5,15 +5,15 @@ import re
 
 import pytest
 import torch
-from conftest import make_tokenizer, spread_reward
+from tiny import make_tokenizer, spread_reward
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler, print_prompt_completions_sample
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
-from treerpo_trl.compatibility import LOSS_TYPES, MAX_COLOCATED_ROWS
-from treerpo_trl.resuming import ResumableGRPOTrainer
+from treerpo_trl.checks.compatibility import LOSS_TYPES, MAX_COLOCATED_ROWS
+from treerpo_trl.trainers.resuming import ResumableGRPOTrainer
 
 
 SEAMS = {

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .treerpo_trainer import TreeRPOTrainer
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = ["Node", "Tree", "TreeRPOConfig", "TreeRPOTrainer"]
 
 # Loaded when first asked for: they import torch and transformers, which looking at trees, or asking for help, is not

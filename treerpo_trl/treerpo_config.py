@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
+from .checks.compatibility import refuse_oversized_engine, refuse_unsupported
 from .checks.generation_options import check_generation_kwargs
 from .checks.moved_options import explains_unknown_options
 from .checks.objective import check_min_advantage, check_normalizer, check_prune_threshold
@@ -15,7 +16,6 @@ from .checks.options import check_options
 from .checks.paper import paper_setting
 from .checks.precision import bf16_explained
 from .checks.tree_shape import check_trees_fit, derive_tree, one_completion_allowed
-from .compatibility import refuse_oversized_engine, refuse_unsupported
 
 
 if TYPE_CHECKING:
@@ -133,6 +133,9 @@ class TreeRPOConfig(GRPOConfig):
         replay_environments (`bool`, *optional*, defaults to `False`):
             With an `environment_factory`: copy an environment that has no `fork()` by a fresh `reset` and the same
             calls, instead of `copy.deepcopy`. For environments that always give the same answers to the same calls.
+        compact_log (`bool`, *optional*, defaults to `True`):
+            Whether the terminal shows one line of the main metrics per log (loss, reward, kept groups, length, tokens,
+            seconds). `False` shows all metrics. Trackers and `trainer.state.log_history` have all of them either way.
         log_trees (`bool`, *optional*, defaults to `False`):
             Whether to write the trees to `<output_dir>/trees`, as parquet files and as pages for a browser, and to
             print some in the terminal.
@@ -231,15 +234,14 @@ class TreeRPOConfig(GRPOConfig):
         metadata={"help": "Number of leaves of a tree, which is derived. If you give a number, it is checked."},
     )
     max_completion_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum number of tokens of a completion. Defaults to `max_depth * segment_length`. It may be "
-            "smaller by less than a segment."
-        },
+        default=None, metadata={"help": "Maximum tokens of a completion. Defaults to `max_depth * segment_length`."}
     )
     replay_environments: bool = field(
         default=False,
         metadata={"help": "Copy an environment by a fresh reset and the same calls, instead of copy.deepcopy."},
+    )
+    compact_log: bool = field(
+        default=True, metadata={"help": "Show one line of the main metrics per log in the terminal, not all."}
     )
     log_trees: bool = field(
         default=False,

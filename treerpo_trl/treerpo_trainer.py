@@ -14,32 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id, print_prompt_completions_sample
 
-from .adapters import check_adapter, check_quantization, prepare_adapter
-from .callbacks import TreeLoggingCallback
-from .checks.generation_options import check_generation_options
-from .credit import ScoredTree, assign_batch
-from .growth import shape_of
-from .growth.backends import find_context_length
-from .growth.tool_use import ToolUse
-from .metrics import Metrics, call_metrics, pool, step_metrics, tree_metrics
-from .model_card import PAPER, write_model_card
-from .numerics import GradientGuard
-from .prefix_sharing import PrefixSharing
-from .reporting.starvation import StarvationWatch
-from .rows import (
-    credit_tokens,
-    entropy_of_the_batch,
-    lay_out,
-    leaf_rewards,
-    leave_out_small,
-    row_means,
-    shuffle_micro_batches,
-)
-from .sampling import TreeSamplingTrainer
-from .scoring import DistinctRows, RowRewards, check_rewards, score_once
-from .timing import PhaseTimer, timed
-from .treerpo_config import TreeRPOConfig
-from .validation import (
+from .checks.adapters import check_adapter, check_quantization, prepare_adapter
+from .checks.arguments import (
     check_arguments,
     check_dataset,
     check_engine,
@@ -47,6 +23,34 @@ from .validation import (
     check_prompts,
     settle_split_rule,
 )
+from .checks.generation_options import check_generation_options
+from .credit import ScoredTree, assign_batch
+from .growth import shape_of
+from .growth.backends import find_context_length
+from .growth.tool_use import ToolUse
+from .prefix_sharing import PrefixSharing
+from .reporting.callbacks import TreeLoggingCallback
+from .reporting.console import print_compactly
+from .reporting.metrics import Metrics, call_metrics, pool, step_metrics, tree_metrics
+from .reporting.model_card import PAPER, write_model_card
+from .reporting.starvation import StarvationWatch
+from .rows import (
+    DistinctRows,
+    RowRewards,
+    check_rewards,
+    credit_tokens,
+    entropy_of_the_batch,
+    lay_out,
+    leaf_rewards,
+    leave_out_small,
+    row_means,
+    score_once,
+    shuffle_micro_batches,
+)
+from .running.numerics import GradientGuard
+from .running.timing import PhaseTimer, timed
+from .trainers.sampling import TreeSamplingTrainer
+from .treerpo_config import TreeRPOConfig
 from .views.console import completions_visible
 
 
@@ -129,7 +133,7 @@ class TreeRPOTrainer(TreeSamplingTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TreeRPOConfig(f"{model_name.split('/')[-1]}-TreeRPO")
         has_tools = bool(tools or environment_factory)
-        check_arguments(args, processing_class, tools, rollout_func, environment_factory)
+        check_arguments(args, TreeRPOConfig, processing_class, tools, rollout_func, environment_factory)
         has_environments = environment_factory is not None
         check_dataset(train_dataset, eval_dataset, args, reward_funcs, has_tools, has_environments)
         check_quantization(model, quantization_config, peft_config, args.model_init_kwargs)
@@ -175,6 +179,8 @@ class TreeRPOTrainer(TreeSamplingTrainer):
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         self._prefix_sharing = PrefixSharing(args.prefix_sharing, models, self.accelerator)
         self._loss_inputs: dict[str, Any] | None = None
+        if args.compact_log:
+            print_compactly(self)
         if args.log_trees:
             self.add_callback(TreeLoggingCallback(self, args.log_trees_steps, args.num_trees_to_print))
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):

@@ -5,7 +5,7 @@ Each function takes the values of a group of two or more and returns their advan
 An estimator is unbiased if its advantages times the scores of the nodes have the exact gradient for their expectation,
 up to a positive factor for each depth; every leaf is scored. Where one is not, its docstring gives the lowest cosine
 between the two at one depth, of 10 random policies with 2 x 2 trees of three tokens, first with rewards of 0 or 1,
-then with rewards drawn evenly from [0, 1] (by enumeration: tests/test_credit_unbiased.py).
+then with rewards drawn evenly from [0, 1] (by enumeration: tests/credit/test_credit_unbiased.py).
 """
 
 from __future__ import annotations

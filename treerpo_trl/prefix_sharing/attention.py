@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .flex import attend_in_blocks
 from .layout import Gather, Group, TreeLayout
 
 
@@ -75,7 +76,7 @@ def _make_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]
             raise ValueError(f"{type(module).__name__} makes a mask of its own")
         if tree_layout is None:
             return _own_attention(module, original)(module, query, key, value, attention_mask, **kwargs)
-        return uncompiled_attention(module, query, key, value, tree_layout, **kwargs), None
+        return uncompiled_attention(module, query, key, value, tree_layout, original, **kwargs), None
 
     return attention
 
@@ -94,6 +95,7 @@ def tree_attention(
     key: Tensor,
     value: Tensor,
     layout: TreeLayout,
+    implementation: str,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -107,6 +109,7 @@ def tree_attention(
         key: (1, G, S, E), H a multiple of G.
         value: (1, G, S, E).
         layout: Which positions attend to which.
+        implementation: The model's own implementation of attention, which chooses the kernel.
         scaling: Factor of the scores; 1 / sqrt(E) by default.
         dropout: Probability with which attention weights are dropped.
         softcap: Bound of the scores, scaled by tanh.
@@ -117,24 +120,13 @@ def tree_attention(
         (1, S, H, E).
 
     Raises:
-        ValueError: The layer has attention sinks, or a window that it does not tell.
+        ValueError: The layer has attention sinks, or a window that it does not tell; or its weights are to be dropped,
+            and the kernel cannot.
     """
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks")
     window = _window_of(module, kwargs)
-    queries = query[0] if layout.queries is None else _take(query[0], layout.queries)
-    shapes = [group.shape for group in layout.groups]
-    by_group = zip(
-        layout.groups,
-        queries.split([segments * num_queries for segments, num_queries, _ in shapes], dim=1),
-        _take(key[0], layout.keys).split([segments * num_keys for segments, _, num_keys in shapes], dim=1),
-        _take(value[0], layout.keys).split([segments * num_keys for segments, _, num_keys in shapes], dim=1),
-        strict=True,
-    )
-    outputs = [_attend(group, q, k, v, window, scaling, dropout, softcap) for group, q, k, v in by_group]
-    output_HSE = torch.cat(outputs, dim=1)
-    if layout.outputs is not None:
-        output_HSE = _take(output_HSE, layout.outputs)
+    output_HSE = KERNELS[implementation](layout, query[0], key[0], value[0], window, scaling, dropout, softcap)
     return output_HSE.transpose(0, 1).contiguous().unsqueeze(0)  # some layers take a view of it
 
 
@@ -152,6 +144,31 @@ def _window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
     if "sliding_window" not in kwargs and getattr(config, "sliding_window", None) is not None:
         raise ValueError(f"{type(module).__name__} leaves its sliding window to a mask")
     return None
+
+
+def _attend_in_groups(
+    layout: TreeLayout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scaling: float | None,
+    dropout_p: float,
+    softcap: float | None,
+) -> Tensor:
+    """(H, S, E), with the keys of each segment's path gathered for it."""
+    queries = query if layout.queries is None else _take(query, layout.queries)
+    shapes = [group.shape for group in layout.groups]
+    by_group = zip(
+        layout.groups,
+        queries.split([segments * num_queries for segments, num_queries, _ in shapes], dim=1),
+        _take(key, layout.keys).split([segments * num_keys for segments, _, num_keys in shapes], dim=1),
+        _take(value, layout.keys).split([segments * num_keys for segments, _, num_keys in shapes], dim=1),
+        strict=True,
+    )
+    outputs = [_attend(group, q, k, v, window, scaling, dropout_p, softcap) for group, q, k, v in by_group]
+    output_HSE = torch.cat(outputs, dim=1)
+    return output_HSE if layout.outputs is None else _take(output_HSE, layout.outputs)
 
 
 def _attend(
@@ -186,6 +203,14 @@ def _attend(
         output = dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout_p) @ value
     output = output.reshape(num_segments, num_heads, num_queries, -1)
     return output.transpose(0, 1).flatten(1, 2)
+
+
+# By the name of the model's own implementation.
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "sdpa": _attend_in_groups,
+    "eager": _attend_in_groups,
+    "flex_attention": attend_in_blocks,
+}
 
 
 def _take(states: Tensor, gather: Gather) -> Tensor:

@@ -1,11 +1,13 @@
 """How packed positions attend to each other: segments in groups, their keys, and their masks.
 
-Legend: R segments of a group, Q queries and K keys of the longest of them, N positions taken.
+Legend: B rows, L columns of a row, S packed positions; R segments of a group, Q queries and K keys of the longest of
+them; N positions taken.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,16 +84,37 @@ class Group:
 
 
 @dataclass
+class Paths:
+    """The rows in terms of packed positions, for kernels that need no gathered keys.
+
+    Args:
+        row_S: [S] the row whose segment each position is in.
+        column_S: [S] its column there.
+        start_B: [B] column in which the segment of each row begins.
+        paths_BL: [B, L] packed position of each column of each row; -1 where the row has none.
+        masks: What kernels have made of this, by their own keys.
+    """
+
+    row_S: Tensor
+    column_S: Tensor
+    start_B: Tensor
+    paths_BL: Tensor
+    masks: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
 class TreeLayout:
     """How the packed positions attend to each other.
 
     Args:
+        paths: The rows in terms of packed positions.
         groups: All segments, in groups.
         queries: Packed position of each query of the groups, one after the other; `None` if they are in order.
         keys: Packed position of each key of the groups.
         outputs: Position in the groups' outputs of each packed token; `None` if they are in order.
     """
 
+    paths: Paths
     groups: list[Group]
     queries: Gather | None
     keys: Gather

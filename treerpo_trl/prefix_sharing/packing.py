@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .layout import Gather, Group, TreeLayout
+from .layout import Gather, Group, Paths, TreeLayout
 
 
 IGNORED_LABEL = -100
@@ -101,6 +101,8 @@ def pack_rows(
     covered_BL = real_BL & (column_L < ends_B[:, None])
     source_BT = packed_BL[:, num_columns - width - 1 : -1]
     available_BT = needed_BL[:, num_columns - width :]
+    has_position_BL = (column_L >= first_B[:, None]) & (column_L < torch.tensor(ends)[:, None])
+    paths = Paths(row_S, column_S, torch.tensor(starts), packed_BL.masked_fill(~has_position_BL, -1))
     return PackedRows(
         input_ids=ids_BL[row_S, column_S][None].to(device),
         position_ids=column_S[None].to(device),
@@ -108,7 +110,7 @@ def pack_rows(
         counts=torch.bincount(packed_BL[covered_BL], minlength=len(row_S))[None].to(device),
         source_BT=source_BT.masked_fill(~available_BT, 0).to(device),
         available_BT=available_BT.to(device),
-        layout=_lay_out(grouped, packed_BL, first_B.tolist(), starts, ends, device),
+        layout=TreeLayout(paths, *_lay_out(grouped, packed_BL, first_B.tolist(), starts, ends, device)),
     )
 
 
@@ -186,7 +188,8 @@ def _lay_out(
     starts: Sequence[int],
     ends: Sequence[int],
     device: torch.device,
-) -> TreeLayout:
+) -> tuple[list[Group], Gather | None, Gather, Gather | None]:
+    """The groups, and what their queries, keys and outputs are taken from."""
     groups = []
     queries: list[Tensor] = []
     keys: list[Tensor] = []
@@ -197,14 +200,12 @@ def _lay_out(
         _, num_queries, num_keys = groups[-1].shape
         queries += [_pad(positions, num_queries) for positions in own]
         keys += [_pad(path, num_keys) for path in paths]
-    is_in_order = all(group.is_even for group in groups)
     query_positions = torch.cat(queries)
-    return TreeLayout(
-        groups,
-        queries=None if is_in_order else _gather(query_positions, device),
-        keys=_gather(torch.cat(keys), device),
-        outputs=None if is_in_order else _gather((query_positions != PADDING).nonzero().flatten(), device),
-    )
+    taken_keys = _gather(torch.cat(keys), device)
+    if all(group.is_even for group in groups):
+        return groups, None, taken_keys, None
+    outputs = (query_positions != PADDING).nonzero().flatten()
+    return groups, _gather(query_positions, device), taken_keys, _gather(outputs, device)
 
 
 def _pad(positions: Tensor, length: int) -> Tensor:

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .attention import PREFIX
+from .attention import KERNELS, PREFIX
 
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 LENGTH_DEPENDENT_ROTATIONS = {"dynamic", "longrope"}
-# Others look their name up in the configuration while they run, which must be theirs then.
-KNOWN_IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
@@ -41,10 +39,8 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     if not getattr(model, "_supports_attention_backend", False):
         return f"{name} does not take its attention from transformers' AttentionInterface"
     implementation = model.config._attn_implementation.removeprefix(PREFIX)
-    if implementation not in KNOWN_IMPLEMENTATIONS:
-        return (
-            f"{name} uses attn_implementation='{implementation}', not {' or '.join(map(repr, KNOWN_IMPLEMENTATIONS))}"
-        )
+    if implementation not in KERNELS:
+        return f"{name} uses attn_implementation='{implementation}', not {' or '.join(map(repr, KERNELS))}"
     return None
 
 

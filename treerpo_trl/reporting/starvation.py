@@ -44,7 +44,7 @@ class StarvationWatch:
         """Take note of a batch. All processes see the same, as both arguments are of all of them.
 
         Args:
-            metrics: Its pooled [`~treerpo_trl.metrics.tree_metrics`].
+            metrics: Its pooled [`~treerpo_trl.reporting.metrics.tree_metrics`].
             trained_weight: Weight of its trained tokens in the loss, a tensor or a number.
         """
         value_range = metrics.get("tree/value_range_max")

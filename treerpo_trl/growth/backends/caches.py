@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, StoppingCriteria, cache_utils
+from transformers import Cache, DynamicCache, GenerationMixin, StoppingCriteria, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -15,6 +16,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 ROW_STATE = ("rope_deltas",)  # multimodal models: by how much positions are ahead of the text's
 
 
+# What `generate` calls a cache, in its arguments and in what it returns: "cache" from transformers 5.24 on.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
 # A layer that holds nothing, because it reads the keys and values of another one or has no attention.
 NO_LAYER = getattr(cache_utils, "DummyLayer", None)
 

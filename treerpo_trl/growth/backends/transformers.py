@@ -26,7 +26,7 @@ from transformers import (
 
 from ...tree import Segment, Tree
 from ..waves import Backend, Place, Wave, drawn_nodes
-from .caches import CacheKeeper, check_forkable, fork, put_row_state, take_row_state
+from .caches import CACHE, CacheKeeper, check_forkable, fork, put_row_state, take_row_state
 from .endings import Endings
 from .options import options_of_segment
 from .token_statistics import TokenStatistics
@@ -222,7 +222,7 @@ class TransformersBackend(Backend):
         input_ids, attention_mask = block.input_ids[rows], block.attention_mask[rows]
         cache = None if block.cache is None else fork(block.cache, rows, max(max_tokens))
         put_row_state(block.row_state, rows)
-        arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        arguments: dict[str, Any] = {} if cache is None else {CACHE: cache}
         endings = Endings(input_ids, max_tokens, self.stop_strings, wave.delimiters, self.tokenizer)
         generation_config = options_of_segment(
             self.generation_config, input_ids.size(1), block.num_sampled, max(max_tokens), wave.is_last
@@ -280,9 +280,9 @@ class TransformersBackend(Backend):
                 disable_compile=True,
             ),
             synced_gpus=self.synced_gpus,
-            **({} if keeper is None else {"past_key_values": keeper.cache, "stopping_criteria": [keeper]}),
+            **({} if keeper is None else {CACHE: keeper.cache, "stopping_criteria": [keeper]}),
         )
-        return output.past_key_values if keeper is None else keeper.kept
+        return output[CACHE] if keeper is None else keeper.kept
 
 
 @contextmanager
