@@ -8,7 +8,7 @@ import pytest
 from local_hub import LocalHub
 from nbclient import NotebookClient
 from nbformat import NotebookNode
-from places import EXAMPLES
+from places import EXAMPLES, ROOT
 
 
 NOTEBOOK = EXAMPLES / "notebooks" / "treerpo_lora.ipynb"
@@ -23,12 +23,15 @@ def text_of(notebook: NotebookNode) -> str:
     return "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
-def test_the_notebook_is_kept_without_outputs_and_with_its_defaults():
+def test_the_notebook_is_kept_with_the_outputs_of_a_run_and_with_its_defaults():
     notebook = read()
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert "ON_GPU = False\nPUSH_TO = None\n" in "\n".join(cell.source for cell in code)
+    text = text_of(notebook)
+    assert re.search(r"Pass@1 0\.2\d+ -> 0\.7\d+", text)
+    assert str(ROOT) not in text and "Warning" not in text
 
 
 @pytest.mark.slow
