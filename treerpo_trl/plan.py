@@ -198,18 +198,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--branching_factor", type=int, nargs="+", help="children of a node, by depth (default: 2 2)")
     parser.add_argument("--segment_length", type=int, default=256, help="tokens of a segment (default: %(default)s)")
-    parser.add_argument("--num_trunks", type=int, help="of trees that fork where the policy is unsure")
-    parser.add_argument("--forks_per_trunk", type=int, default=1, help="of these (default: %(default)s)")
     parser.add_argument(
-        "--max_completion_length", type=int, default=512, help="tokens of a response of these (default: %(default)s)"
+        "--num_trunks", type=int, help="for trees that fork where the policy is unsure: whole responses per prompt"
     )
-    parser.add_argument("--num_prompts", type=int, default=8, help="of a step, on all GPUs (default: %(default)s)")
+    parser.add_argument(
+        "--forks_per_trunk", type=int, default=1, help="forks of each whole response (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_completion_length", type=int, default=512, help="tokens of a whole response (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_prompts", type=int, default=8, help="prompts per step, on all GPUs (default: %(default)s)"
+    )
     parser.add_argument("--prompt_length", type=int, default=256, help="tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--num_gpus", type=int, default=1, help="that the step runs on (default: %(default)s)")
+    parser.add_argument("--num_gpus", type=int, default=1, help="GPUs that the step runs on (default: %(default)s)")
     parser.add_argument(
         "--max_frontier_rows", type=int, default=256, help="branches decoded at a time (default: %(default)s)"
     )
-    parser.add_argument("--model", help="folder or Hub id, for what memory it takes")
+    parser.add_argument("--model", help="folder or Hub id of the model, to see how much memory it takes")
     return parser
 
 
