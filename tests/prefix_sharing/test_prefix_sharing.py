@@ -29,7 +29,7 @@ from peft import LoraConfig, PromptTuningConfig
 from tiny import coin_reward, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig, LlavaConfig
+from transformers import AutoModelForCausalLM, GPTJForCausalLM, LlamaConfig, LlavaConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from trl.trainer.utils import add_fused_lm_head
 
@@ -346,6 +346,8 @@ REASONS = {
     "doge": ".",
     "doge_window": ".",
 }
+if GPTJForCausalLM._supports_attention_backend:  # from transformers 5.24 on
+    del REASONS["gptj"]
 
 
 @pytest.mark.parametrize("family", REASONS)
