@@ -69,11 +69,11 @@ def credit(task: str, families: dict[str, list[Method]], **changes: Any) -> Comp
     )
 
 
-def equal_prompts(task: str, per_step: int, families: dict[str, list[Method]]) -> Comparison:
+def equal_prompts(task: str, per_step: int, families: dict[str, list[Method]], **changes: Any) -> Comparison:
     """As many prompts a step for as many steps, whatever is sampled for each: the paper's protocol."""
+    choice = {"learning_rates": (4e-4, 8e-4), "tuning_seeds": (100,), **changes}
     budget = Budget("prompts", total=40 * per_step, per_step=per_step)
-    families = {"GRPO": GRPO[:1], **families}
-    return Comparison(task, families, learning_rates=(4e-4, 8e-4), tuning_seeds=(100,), seeds=(0, 1, 2), budget=budget)
+    return Comparison(task, {"GRPO": GRPO[:1], **families}, seeds=(0, 1, 2), budget=budget, **choice)
 
 
 FAMILIES = {"tree": [optimal(2, 2)], "flat": [optimal(2)], "forks": [forks(1, 1)]}
@@ -124,10 +124,16 @@ CREDIT = {
         },
     ),
 }
-# About as many prompts a step as GRPO with 8 completions has at 4,000 tokens a step.
+# About as many prompts a step as GRPO with 8 completions has at 4,000 tokens a step. What the first two chose is taken
+# for the others.
 PROMPTS = {
     f"{task}_prompts": equal_prompts(task, per_step, MANY_LEAVES)
-    for task, per_step in (("chain_arithmetic", 18), ("countdown", 9), ("chains_of_8", 8), ("noisy_graded_chains", 8))
+    for task, per_step in (("chain_arithmetic", 18), ("countdown", 9))
+} | {
+    f"{task}_prompts": equal_prompts(
+        task, 8, {"tree": [optimal(4, 4, 4)], "flat": [optimal(32)]}, learning_rates=(4e-4,), tuning_seeds=()
+    )
+    for task in ("chains_of_8", "noisy_graded_chains")
 }
 
 
