@@ -76,12 +76,13 @@ def play(
     model_path: str,
     folder: Path,
     scenarios: dict[str, Scenario],
+    program: str = "resume_run",
     prefix: Sequence[str] = (),
     timeout: float | None = None,
 ) -> Path:
     """Run scenarios, with a command before that of Python; returns the folder that holds one for each."""
     arguments = [f"{name}={json.dumps(asdict(scenario))}" for name, scenario in scenarios.items()]
-    command = [*prefix, sys.executable, "tests/processes/resume_run.py", model_path, str(folder), *arguments]
+    command = [*prefix, sys.executable, f"tests/processes/{program}.py", model_path, str(folder), *arguments]
     result = subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=timeout
     )
