@@ -39,7 +39,7 @@ def tokenizer():
     return make_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dataset():
     """Prompts of one to several tokens."""
     rows = 32
@@ -48,30 +48,30 @@ def dataset():
     )
 
 
+def tiny_args(output_dir: str, **overrides) -> TreeRPOConfig:
+    """A configuration for a tiny CPU run: 8 leaves (2 x 2 x 2) of 4-token segments."""
+    defaults = {
+        "branching_factor": 2,
+        "max_depth": 3,
+        "segment_length": 4,
+        "advantage_estimator": "treerpo",
+        "per_device_train_batch_size": 16,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return TreeRPOConfig(output_dir, **{**defaults, **overrides})
+
+
 @pytest.fixture
 def make_args(tmp_path):
-    """A configuration for a tiny CPU run: 8 leaves (2 x 2 x 2) of 4-token segments."""
-
-    def make(**overrides) -> TreeRPOConfig:
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "branching_factor": 2,
-            "max_depth": 3,
-            "segment_length": 4,
-            "advantage_estimator": "treerpo",
-            "per_device_train_batch_size": 16,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-        }
-        return TreeRPOConfig(**{**defaults, **overrides})
-
-    return make
+    """`tiny_args` with a folder of the test's own."""
+    return lambda **overrides: tiny_args(**{"output_dir": str(tmp_path / "out"), **overrides})
 
 
 @pytest.fixture(scope="session")
