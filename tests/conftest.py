@@ -24,8 +24,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Files that take longest, in this order: begun last, one of them would keep the other processes waiting.
 LONGEST = [
-    "processes/test_resume.py",
     "processes/test_distributed.py",
+    "processes/test_resume.py",
+    "examples/test_notebook.py",
+    "examples/test_compare.py",
+    "examples/test_agent.py",
+    "docs/test_readme.py",
+    "tools/test_soak.py",
+    "tools/test_fuzz.py",
+    "processes/test_faults_process.py",
+    "processes/test_hub.py",
+    "prefix_sharing/test_prefix_sharing.py",
 ]
 
 

@@ -143,26 +143,7 @@ def runs(model_path, tmp_path_factory) -> Path:
     ]:
         scenarios[f"{name} unbroken"] = Scenario(**common)
         scenarios[name] = Scenario(**common, kills=kills, resume=[True] * len(kills))
-    lora = {"lora": True}
-    scenarios |= {
-        "lora unbroken": Scenario(**lora),
-        "lora": Scenario(**lora, kills=[("after a step", 5), ("after the model file", 6)], resume=[True, True]),
-        "ddp unbroken": Scenario(**DDP),
-        # The other process fails as soon as it misses this one.
-        "ddp": Scenario(
-            **DDP, victim=1, kills=[("in a reward function", 4), ("after the random state", 6)], resume=[True, True]
-        ),
-    }  # fmt: skip
-    folder = tmp_path_factory.mktemp("resume")
-    families.make_model("qwen3_moe").save_pretrained(folder / "experts")
-    sharded = {"shards": SHARDS}
-    for engine in EXPERTS:
-        if engine == "fsdp2" or find_spec("deepspeed"):
-            sharded[f"experts {engine}"] = {**DDP, "engine": engine, "model": str(folder / "experts")}
-    for name, common in sharded.items():
-        scenarios[f"{name} unbroken"] = Scenario(**common)
-        scenarios[name] = Scenario(**common, kills=[("in a reward function", 4)], resume=[True])
-    return play(model_path, folder, scenarios)
+    return play(model_path, tmp_path_factory.mktemp("resume"), scenarios)
 
 
 @pytest.mark.parametrize("moment", KILLS)
@@ -227,16 +208,41 @@ def test_without_skipping_data_the_run_goes_on_with_other_prompts(runs):
     assert (seen["start"], seen["steps"]) == (6, 8)
 
 
-def test_it_holds_for_adapters(runs):
-    assert [run["status"] for run in runs_of(runs / "lora")] == [[-9], [-9], [0]]
-    assert_same(runs / "lora", runs / "lora unbroken")
+@pytest.fixture(scope="module")
+def shared_runs(model_path, tmp_path_factory) -> Path:
+    """Of several processes, and of adapters."""
+    lora = {"lora": True}
+    scenarios = {
+        "lora unbroken": Scenario(**lora),
+        "lora": Scenario(**lora, kills=[("after a step", 5), ("after the model file", 6)], resume=[True, True]),
+        "ddp unbroken": Scenario(**DDP),
+        # The other process fails as soon as it misses this one.
+        "ddp": Scenario(
+            **DDP, victim=1, kills=[("in a reward function", 4), ("after the random state", 6)], resume=[True, True]
+        ),
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("resume")
+    families.make_model("qwen3_moe").save_pretrained(folder / "experts")
+    sharded = {"shards": SHARDS}
+    for engine in EXPERTS:
+        if engine == "fsdp2" or find_spec("deepspeed"):
+            sharded[f"experts {engine}"] = {**DDP, "engine": engine, "model": str(folder / "experts")}
+    for name, common in sharded.items():
+        scenarios[f"{name} unbroken"] = Scenario(**common)
+        scenarios[name] = Scenario(**common, kills=[("in a reward function", 4)], resume=[True])
+    return play(model_path, folder, scenarios)
 
 
-def test_it_holds_for_two_processes_and_a_checkpoint_takes_the_parts_of_both(runs):
-    first, second, resumed = runs_of(runs / "ddp")
+def test_it_holds_for_adapters(shared_runs):
+    assert [run["status"] for run in runs_of(shared_runs / "lora")] == [[-9], [-9], [0]]
+    assert_same(shared_runs / "lora", shared_runs / "lora unbroken")
+
+
+def test_it_holds_for_two_processes_and_a_checkpoint_takes_the_parts_of_both(shared_runs):
+    first, second, resumed = runs_of(shared_runs / "ddp")
     assert first["status"][1] == second["status"][1] == -9 and resumed["status"] == [0, 0]
     assert second["left"] == ["checkpoint-6", "checkpoint-3"] and second["complete"] == ["checkpoint-3"]
-    assert_same(runs / "ddp", runs / "ddp unbroken", processes=2)
+    assert_same(shared_runs / "ddp", shared_runs / "ddp unbroken", processes=2)
 
 
 def assert_shards_resume(runs: Path, name: str) -> None:
@@ -250,13 +256,13 @@ def assert_shards_resume(runs: Path, name: str) -> None:
     assert_same(runs / name, runs / f"{name} unbroken", processes=2)
 
 
-def test_it_holds_for_shards_and_a_reference_in_shards(runs):
-    assert_shards_resume(runs, "shards")
+def test_it_holds_for_shards_and_a_reference_in_shards(shared_runs):
+    assert_shards_resume(shared_runs, "shards")
 
 
 @pytest.mark.parametrize("engine", EXPERTS)
-def test_it_holds_for_a_mixture_of_experts(engine, runs):
+def test_it_holds_for_a_mixture_of_experts(engine, shared_runs):
     """Whose experts are cut up in the files of the Hub's format, but not in those of sharded engines."""
     if engine != "fsdp2":
         pytest.importorskip("deepspeed")
-    assert_shards_resume(runs, f"experts {engine}")
+    assert_shards_resume(shared_runs, f"experts {engine}")
