@@ -1,7 +1,7 @@
 # Targets make their own virtual environment; nothing but Python 3.11+ and make has to be there.
 #   PYTHON  the interpreter the environment is made with (default: python3)
 #   VENV    where the environment lives                  (default: .venv)
-#   ARGS    handed on to the command of quickstart, test, gpu-check and test-vllm
+#   ARGS    handed on to the command of quickstart, gpu-check and of every target that tests
 #   TORCH   for dist, the torch to test the wheel with, e.g. torch==2.13.0 (default: the newest that is allowed)
 #   JOBS    how many processes run the tests             (default: 2; 0 runs them in one, as pdb needs it)
 
@@ -17,6 +17,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.installing
 VLLM_STAMP := $(VLLM_VENV)/.installed
+# Whole files go to one process, as their tests share models and launches; tests/conftest.py says which begin first.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # vLLM needs an older transformers, the oldest that the package supports, so what rests on it is tested there as well.
 VLLM_TESTS := $(addprefix tests/,test_trl_contract.py test_trainer.py checks/test_generation_options.py \
                           examples/test_evaluate_vllm.py growth/test_backend_transformers.py growth/test_backend_vllm.py \
@@ -25,7 +27,7 @@ VLLM_TESTS := $(addprefix tests/,test_trl_contract.py test_trainer.py checks/tes
 SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test gpu-check test-vllm lint docs dist clean
+.PHONY: help install quickstart test test-all gpu-check test-vllm lint docs dist clean
 
 help:  ## Show this list
 	@echo 'usage: make TARGET [ARGS="..."] [JOBS=2] [PYTHON=python3] [VENV=.venv]'
@@ -36,8 +38,11 @@ install: $(STAMP)  ## Make the virtual environment and install the package with 
 quickstart: $(STAMP)  ## Run the quickstart on one CPU process, e.g. make quickstart ARGS="--seed 1"
 	$(BIN)/accelerate launch --config_file accelerate_configs/single_cpu.yaml examples/quickstart.py $(ARGS)
 
-test: $(STAMP)  ## Run the tests, e.g. make test ARGS="-k tree"
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+test: $(STAMP)  ## Run the quick tests, in five minutes, e.g. make test ARGS="-k tree"
+	$(PYTEST) -m "not (slow or browser)" $(ARGS)
+
+test-all: $(STAMP)  ## Run all tests: also those that launch processes, train longer, or need a browser
+	$(PYTEST) $(ARGS)
 
 gpu-check: $(STAMP)  ## Check exactness, speed and memory on one GPU; writes gpu-check.json
 	$(BIN)/python examples/gpu_check.py $(ARGS)

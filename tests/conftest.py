@@ -1,17 +1,11 @@
-"""What the tests share: the settings of a run, and tiny models, data and configurations as fixtures."""
+"""What the tests share: the settings of a run. The fixtures are in `helpers/shared_fixtures.py`."""
 
+import gc
 import os
 import tempfile
 
 import pytest
-import torch
-from byte_llama import save_tiny_llama
-from datasets import Dataset
 from hypothesis import settings
-from tiny import EOS, PAD, VLLM_ROUNDING, VLLM_SHAPE, VLLM_TOKENS, make_tokenizer, tiny_config
-from transformers import Qwen2ForCausalLM
-
-from treerpo_trl import TreeRPOConfig
 
 
 # Random cases on a developer's machine, the same ones in CI.
@@ -24,102 +18,39 @@ if "TORCH_EXTENSIONS_DIR" not in os.environ:
     _extensions = tempfile.TemporaryDirectory(prefix="torch-extensions-")
     os.environ["TORCH_EXTENSIONS_DIR"] = _extensions.name
 
-# Test processes side by side, and what they start, take a core each.
+# Test processes side by side, and what they start, take a core each. Torch reads it when it is imported, below.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+
+# Files that take longest, in this order: begun last, one of them would keep the other processes waiting.
+LONGEST = [
+    "processes/test_distributed.py",
+    "processes/test_resume.py",
+    "examples/test_notebook.py",
+    "examples/test_compare.py",
+    "examples/test_agent.py",
+    "docs/test_readme.py",
+    "tools/test_soak.py",
+    "tools/test_fuzz.py",
+    "processes/test_faults_process.py",
+    "processes/test_hub.py",
+    "prefix_sharing/test_prefix_sharing.py",
+]
 
 
-@pytest.fixture(scope="session")
-def llama_path(tmp_path_factory) -> str:
-    """A tiny random Llama on disk, whose tokenizer takes any text."""
-    path = tmp_path_factory.mktemp("tiny-llama")
-    save_tiny_llama(path)
-    return str(path)
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the fixtures, but not where tests are only handed out: it takes ten seconds to import all they need."""
+    if not config.getoption("numprocesses", default=None):
+        config.pluginmanager.import_plugin("shared_fixtures")
 
 
-@pytest.fixture(scope="session")
-def model_path(tmp_path_factory):
-    """A tiny random Qwen2 on disk. It is sharp enough that its samples are not uniform."""
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(tiny_config(initializer_range=0.2))
-    path = tmp_path_factory.mktemp("tiny-qwen2")
-    model.save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return str(path)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {os.path.join(os.path.dirname(__file__), name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
 
 
-@pytest.fixture
-def model(model_path):
-    return Qwen2ForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-
-
-@pytest.fixture
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture
-def dataset():
-    """Prompts of one to several tokens."""
-    rows = 32
-    return Dataset.from_dict(
-        {"prompt": ["7+" * (i % 4) + f"{i}=" for i in range(rows)], "answer": [str(i) for i in range(rows)]}
-    )
-
-
-@pytest.fixture
-def make_args(tmp_path):
-    """A configuration for a tiny CPU run: 8 leaves (2 x 2 x 2) of 4-token segments."""
-
-    def make(**overrides) -> TreeRPOConfig:
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "branching_factor": 2,
-            "max_depth": 3,
-            "segment_length": 4,
-            "advantage_estimator": "treerpo",
-            "per_device_train_batch_size": 16,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-        }
-        return TreeRPOConfig(**{**defaults, **overrides})
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def vllm_model_path(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    config = tiny_config(initializer_range=0.2, hidden_size=128, head_dim=32, max_position_embeddings=512)
-    path = tmp_path_factory.mktemp("tiny-qwen2-vllm")
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    make_tokenizer(tokens=VLLM_TOKENS).save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def vllm_reference(vllm_model_path) -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM.from_pretrained(vllm_model_path, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="session")
-def greedy_prompts(vllm_reference) -> list[list[int]]:
-    """Prompts after which no greedy choice is close enough for rounding to turn it, one that ends early among them."""
-    prompts = torch.randint(2, 25, (2048, 6), generator=torch.Generator().manual_seed(0))
-    output = vllm_reference.generate(
-        prompts, do_sample=False, max_new_tokens=VLLM_SHAPE.max_completion_length, output_logits=True,
-        return_dict_in_generate=True, eos_token_id=EOS, pad_token_id=PAD,
-    )  # fmt: skip
-    first, second = torch.stack(output.logits, dim=1).topk(2).values.unbind(-1)
-    is_end = output.sequences[:, prompts.size(1) :] == EOS
-    has_ended = is_end.cumsum(dim=1) - is_end.int() > 0
-    is_clear = ((first - second) > 3 * VLLM_ROUNDING) | has_ended
-    clear, ends = is_clear.all(dim=1), is_end.any(dim=1)
-    return [*prompts[clear & ends][:1].tolist(), *prompts[clear & ~ends][:3].tolist()]
+def pytest_collection_finish() -> None:
+    """Have the collector leave alone what was imported: `Trainer.train` calls it, which took half of a short run."""
+    gc.collect()
+    gc.freeze()

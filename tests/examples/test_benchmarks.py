@@ -47,6 +47,7 @@ def test_the_bound_of_caches():
     assert most_cached_tokens(shape, 1000, 10, max_rows=64) == most_cached_tokens(shape, 8, 10, max_rows=64)
 
 
+@pytest.mark.slow
 def test_memory(monkeypatch, capsys):
     """With more rows at a time there is more in memory."""
     words = ["--shape", "4x4x2", "--num_trees", "2", "--segment_length", "8", "--prompt_length", "16"]

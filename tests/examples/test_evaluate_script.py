@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from itertools import chain
@@ -173,7 +174,7 @@ def test_help_tells_of_compare(capsys):
 
 
 @pytest.mark.slow
-def test_command_line_measures_and_compares(folder):
+def test_command_line_measures_and_compares(folder, monkeypatch, capsys):
     Dataset.from_dict({"question": ["1+1=", "2+2="], "gold": ["2", "4"]}).to_json(folder / "more.jsonl")
     options = {**RUN, "dataset_name": "more.jsonl", "dataset_prompt_column": "question"}
     options |= {"dataset_solution_column": "gold", "system_prompt": "Add."}
@@ -188,10 +189,12 @@ def test_command_line_measures_and_compares(folder):
     assert summary["more"]["pass_at_1"] == pytest.approx(mean(record["reward"] for record in records))
 
     run(**{**options, "output_dir": "other", "seed": 1})
-    compared = launch(["compare", "out/more.jsonl", "other/more.jsonl"])
-    assert compared.returncode == 0, compared.stderr
-    assert "Difference" in compared.stdout
-    numbers = json.loads(compared.stdout.splitlines()[-1])["more"]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "compare", "out/more.jsonl", "other/more.jsonl"])
+    runpy.run_path(str(ROOT / "examples/evaluate.py"), run_name="__main__")
+    compared = capsys.readouterr().out
+    assert "Difference" in compared
+    numbers = json.loads(compared.splitlines()[-1])["more"]
     others = read("other/more.jsonl")
     assert numbers["difference"] == pytest.approx(mean(r["reward"] for r in others) - summary["more"]["pass_at_1"])
 
@@ -292,19 +295,18 @@ def test_reward_functions_see_the_columns_once_a_right_answer():
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_stopped(folder):
+def test_a_killed_run_goes_on_where_it_stopped(folder, capsys):
     options = {**RUN, "reward_funcs": "my_rewards.mortal_reward"}
     killed = launch(command_line(options), KILL="1")
     assert killed.returncode == -9, killed.stderr
     assert len(read("out/rows.jsonl")) == 8  # two batches
     with open("out/rows.jsonl", "a") as file:
         file.write('{"problem": 2, "sample": 2, "te')  # as if it had been killed within a line
-    resumed = launch(command_line(options))
-    assert resumed.returncode == 0, resumed.stderr
-    assert "8/21" in resumed.stderr
+    resumed = run(**options)
+    assert "8/21" in capsys.readouterr().err
     whole = run(reward_funcs="my_rewards.mortal_reward", output_dir="whole")
     assert Path("out/rows.jsonl").read_bytes() == Path("whole/rows.jsonl").read_bytes()
-    assert json.loads(resumed.stdout.splitlines()[-1]) == whole
+    assert resumed == whole
 
 
 def test_resuming_after_any_byte_gives_the_same_file(folder):

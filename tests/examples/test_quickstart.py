@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import quickstart
 from places import ROOT
 from quickstart import TREES_PER_STEP, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,16 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single_cpu.yaml"]
 
 
-def run(*arguments: str) -> str:
-    command = [*LAUNCH, "examples/quickstart.py", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
-
-
 @pytest.mark.slow
 def test_the_quickstart_learns(tmp_path):
-    output = run("--seed", "3", "--output_dir", str(tmp_path / "model"))
+    command = [*LAUNCH, "examples/quickstart.py", "--seed", "3", "--output_dir", str(tmp_path / "model")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    output = result.stdout
     last = json.loads(output.splitlines()[-1])
     assert list(last) == ["pass_at_1_before", "pass_at_1_after", "length_before", "length_after", "seconds"]
     assert 0.2 < last["pass_at_1_before"] < 0.35
@@ -34,8 +31,12 @@ def test_the_quickstart_learns(tmp_path):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_the_quickstart_has_help():
-    shown = run("--help")
+def test_the_quickstart_has_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        quickstart.main()
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
     assert "--seed" in shown and all(f"{rule}: " in shown for rule in ("length", "delimiter", "uncertainty"))
 
 

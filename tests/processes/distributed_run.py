@@ -7,6 +7,7 @@ A scenario is a name, or NAME=OPTIONS with options as JSON. Each trains, and lea
 and the whole parameters as `rank_R.pt`.
 """
 
+import gc
 import json
 import os
 import signal
@@ -274,13 +275,31 @@ def train_killed(model_path: str, output_dir: str) -> None:
     trainer.train()
 
 
+def run_script(model_path: str, output_dir: str, folder: str, arguments: list[str]) -> None:
+    """examples/train.py, run in a folder. It ends what the processes share, so nothing can come after it."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+    os.chdir(folder)
+    import train
+
+    class KeptTrainer(TreeRPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            KEPT.append(self)
+
+    train.TreeRPOTrainer = KeptTrainer
+    train.main(*train.make_parser().parse_args_and_config(arguments))
+
+
+KEPT: list[TreeRPOTrainer] = []  # for the reason that `main` ends with
 SCENARIOS = {
     "uneven": train_uneven, "given": train_given, "rule": train_rule, "tools": train_tools, "killed": train_killed,
+    "script": run_script,
 }  # fmt: skip
 
 
 def main(model_path: str, output_dir: str, *scenarios: str) -> None:
     """Run one scenario after the other, each into a folder of its own."""
+    gc.freeze()  # `Trainer.train` collects garbage: what was imported is none
     for index, scenario in enumerate(scenarios):
         name, _, options = scenario.partition("=")
         SCENARIOS[name](model_path, f"{output_dir}/{index}", **json.loads(options or "{}"))

@@ -1,8 +1,9 @@
-"""What `test_faults_process.py` runs: runs that meet in one output folder, and one that hangs until it is interrupted.
+"""What `test_faults_process.py` runs: the scenarios of `resume_run.py`, then runs that meet in one output folder, and
+one that hangs until it is interrupted.
 
-python tests/processes/fault_run.py MODEL_PATH FOLDER
+python tests/processes/fault_run.py MODEL_PATH FOLDER NAME=SCENARIO ...
 
-Runs write to FOLDER/NAME.txt what a user would see; how each ended is written to FOLDER/ends.json.
+Runs that meet write to FOLDER/meetings/NAME.txt what a user would see; how each ended is in FOLDER/meetings/ends.json.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import resume_run
 from resume_run import Scenario, fork, train
 
 from treerpo_trl.running.locking import LOCK
@@ -46,9 +48,9 @@ def end_of(process: int) -> dict[str, float]:
     return {"status": status, "seconds": time.monotonic() - begin}
 
 
-def main(model_path: str, output_dir: str) -> None:
-    folder = Path(output_dir) / "runs"
-    folder.mkdir()
+def meet(model_path: str, output_dir: Path) -> None:
+    folder = output_dir / "runs"
+    folder.mkdir(parents=True)
     lock, ends = folder / "out" / LOCK, {}
     # The first goes on, as if nothing had been, after the second has failed.
     first = start(model_path, folder, "first", fault="wait")
@@ -68,7 +70,12 @@ def main(model_path: str, output_dir: str) -> None:
         ends[name] = end_of(process) | {"lock": lock.exists()}
     (folder / "0.pt").unlink()
     ends["next"] = end_of(start(model_path, folder, "next", resume=True)) | {"lock": lock.exists()}
-    (Path(output_dir) / "ends.json").write_text(json.dumps(ends))
+    (output_dir / "ends.json").write_text(json.dumps(ends))
+
+
+def main(model_path: str, output_dir: str, *scenarios: str) -> None:
+    resume_run.main(model_path, output_dir, *scenarios)
+    meet(model_path, Path(output_dir) / "meetings")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ of that name. What it saw is written to FOLDER as `SCENARIO.json`.
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -166,6 +167,7 @@ def refused() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # `Trainer.train` collects garbage: what was imported is none
     os.chdir(sys.argv[1])
     for scenario in sys.argv[2:]:
         Path(f"{scenario}.json").write_text(json.dumps(globals()[scenario]()))

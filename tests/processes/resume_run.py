@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -22,12 +23,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))  # as pytest does
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
+import on_cpu
 import pandas as pd
 import torch
+from accelerate import PartialState
+from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset, IterableDataset
 from distributed_run import whole_parameters
 from peft import LoraConfig
@@ -70,6 +76,8 @@ class Scenario:
         resume: `resume_from_checkpoint` of each run that goes on: a bool, or the name of a checkpoint for its path.
         options: Of the configuration; `resumed_options` for runs that go on.
         streaming, lora, processes: The dataset, the model, and how many processes train it.
+        model: Path of another model.
+        engine: What the processes share the model with, by the name of its configuration; DDP if there is none.
         victim: The process that dies; the others fail, as they lose it.
         fault: What happens at the moments, if not a kill; see `resume_moments.die`.
         disk: Size of a disk of its own for `out`, such as "4m"; after each run what filled it is deleted.
@@ -82,6 +90,8 @@ class Scenario:
     streaming: bool = False
     lora: bool = False
     processes: int = 1
+    model: str | None = None
+    engine: str | None = None
     victim: int = 0
     fault: str = "SIGKILL"
     disk: str | None = None
@@ -117,7 +127,7 @@ def train(scenario: Scenario, model_path: str, folder: Path, resume: bool | str 
     prompts = Dataset.from_dict({"prompt": PROMPTS})
     witness = Witness()
     witness.trainer = trainer = TreeRPOTrainer(
-        model_path,
+        scenario.model or model_path,
         spread_reward,
         args,
         train_dataset=IterableDataset.from_generator(lambda: iter(prompts)) if scenario.streaming else prompts,
@@ -173,20 +183,40 @@ def fork(function: Callable[[], None], log: Path) -> int:
         os._exit(status)
 
 
-def launch(scenario: Scenario, model_path: str, folder: Path, resume: Any, kill: Any) -> list[int]:
-    """The exit status of each process of a run; a negative one is the signal that ended it."""
+def environment_of(engine: str, port: str) -> dict[str, str]:
+    """What `accelerate launch` sets for each of the processes that it would start."""
+    options = ["--config_file", f"accelerate_configs/{engine}_cpu.yaml", "--main_process_port", port]
+    seen: dict[str, str] = {}
+    with patch("torch.distributed.run.run", lambda args: seen.update(os.environ)):
+        launch_command(launch_command_parser().parse_args([*options, "examples/on_cpu.py"]))
+    assert seen, "accelerate would start no processes"
+    return seen
+
+
+def launch(scenario: Scenario, model_path: str, folder: Path, resume: Any, kill: Any) -> dict[str, Any]:
+    """The exit status of each process of a run (a negative one is the signal that ended it), and how many seconds are
+    between the first end and the last. No process is told when another ends."""
     port = str(free_port())
+    engine = {} if scenario.engine is None else environment_of(scenario.engine, port)
 
     def run(rank: int) -> None:
         if scenario.processes > 1:
+            os.environ |= engine or {"ACCELERATE_USE_CPU": "true"}
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(scenario.processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+                "LOCAL_WORLD_SIZE": str(scenario.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
+        if engine:
+            PartialState.__init__ = on_cpu._init_on_cpu
         train(scenario, model_path, folder, resume, kill, rank)
 
     processes = [fork(lambda rank=rank: run(rank), folder / "log.txt") for rank in range(scenario.processes)]
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    ends: dict[int, tuple[int, float]] = {}
+    while len(ends) < len(processes):
+        process, status = os.wait()
+        ends[process] = os.waitstatus_to_exitcode(status), time.monotonic()
+    times = [moment for _, moment in ends.values()]
+    return {"status": [ends[process][0] for process in processes], "apart": times[-1] - times[0]}
 
 
 def play(scenario: Scenario, model_path: str, folder: Path) -> None:
@@ -198,11 +228,11 @@ def play(scenario: Scenario, model_path: str, folder: Path) -> None:
     runs = []
     resumes = [None, *scenario.resume]
     for resume, kill in zip(resumes, [*scenario.kills, None], strict=True):
-        status = launch(scenario, model_path, folder, resume, kill)
+        ended = launch(scenario, model_path, folder, resume, kill)
         left = checkpoints.list_checkpoints(folder / "out")
         complete = [path.name for path in left if checkpoints.find_fault(path) is None]
         has_lock = (folder / "out" / LOCK).exists()
-        runs.append({"status": status, "left": [path.name for path in left], "complete": complete, "lock": has_lock})
+        runs.append({**ended, "left": [path.name for path in left], "complete": complete, "lock": has_lock})
         (folder / "out" / "ballast").unlink(missing_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs))
 

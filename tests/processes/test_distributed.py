@@ -12,12 +12,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import distributed_run
 import pytest
 import torch
 from peft import PeftModel
 from places import ROOT, free_port
+from test_train_script import check_run, prepare_run, rows_like_math
 from tiny import make_tokenizer, spread_reward
 from tool_policy import make_tool_policy
 from torch import Tensor
@@ -106,10 +108,12 @@ RULES = {
 
 
 TOOLS = "rule-tools"  # turns, of which one process has more
+SCRIPT = "rule-script"  # examples/train.py, which ends what the processes share
 
 
-def scenarios_of(config: str, tool_model: str) -> dict[str, str]:
-    """Name -> scenario for distributed_run.py; `tool_model` is the path of a model that calls tools."""
+def scenarios_of(config: str, tool_model: str, script: dict[str, Any]) -> dict[str, str]:
+    """Name -> scenario for distributed_run.py; `tool_model` is the path of a model that calls tools, `script` the
+    folder and the command line of examples/train.py."""
     scenarios = {
         "full": "uneven",
         "lora": 'uneven={"lora": true}',
@@ -127,24 +131,32 @@ def scenarios_of(config: str, tool_model: str) -> dict[str, str]:
         rules = [name for name in RULES if not sharded or name != "rule-forks-of-prefilled-prefixes"]
         scenarios |= {name: f"rule={json.dumps(RULES[name] | sharded)}" for name in rules}
         scenarios[TOOLS] = f"tools={json.dumps({'tool_model': tool_model} | sharded)}"
-    return scenarios | {name: f"given={json.dumps(CREDIT[name])}" for name in credit}
+    scenarios |= {name: f"given={json.dumps(CREDIT[name])}" for name in credit}
+    return scenarios | {SCRIPT: f"script={json.dumps(script)}"}
 
 
 @pytest.fixture(scope="module", params=[pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES])
-def runs(request, model_path, tmp_path_factory) -> tuple[str, dict[str, Run]]:
+def runs(request, model_path, llama_path, tmp_path_factory) -> tuple[str, dict[str, Run]]:
     """The engine and its runs by name. A hang is a failure after `HANG` seconds."""
     config = request.param
     if config.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp(config)
     make_tool_policy()[0].save_pretrained(folder / "tool_model")
-    scenarios = scenarios_of(config, str(folder / "tool_model"))
+    (folder / "script").mkdir()
+    script = {
+        "folder": str(folder / "script"),
+        "arguments": prepare_run(folder / "script", llama_path, rows_like_math()),
+    }
+    scenarios = scenarios_of(config, str(folder / "tool_model"), script)
     command = launch_command(config, "--main_process_port", str(free_port()))
     command += [model_path, str(folder), *scenarios.values()]
+    environment = {**ENVIRONMENT, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=HANG
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=HANG
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    (folder / "script" / "output").write_text(result.stdout + result.stderr)
     return config, {name: Run(folder / str(index)) for index, name in enumerate(scenarios)}
 
 
@@ -275,18 +287,22 @@ def test_adapters_reload_with_peft(runs, model_path):
         assert all(torch.equal(saved[key], value) for key, value in run.parameters[0].items())
 
 
+def test_the_script_trains_under_every_engine(runs, llama_path):
+    """With a YAML file and options, on rows of a local file."""
+    folder = next(iter(runs[1].values())).folder.parent / "script"
+    check_run(folder, llama_path, (folder / "output").read_text())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["multi_cpu", "fsdp2_cpu", "deepspeed_zero3_cpu"])
-def test_a_process_that_dies_ends_the_others(config, model_path, tmp_path):
-    """Two launches, as on two machines, so that no launcher ends the process that is left: it must fail by itself."""
-    if config.startswith("deepspeed"):
-        pytest.importorskip("deepspeed")
+def test_a_process_that_dies_ends_the_others(model_path, tmp_path):
+    """Two launches, as on two machines, so that no launcher ends the process that is left: it must fail by itself.
+    `test_resume.py` has it for shards."""
     port = str(free_port())
     machines = []
     for rank in range(2):
         options = ["--num_machines", "2", "--machine_rank", str(rank)]
         options += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
-        command = [*launch_command(config, *options), model_path, str(tmp_path), "killed"]
+        command = [*launch_command("multi_cpu", *options), model_path, str(tmp_path), "killed"]
         output = (tmp_path / f"machine_{rank}.log").open("w")
         machines.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT))
     try:

@@ -75,7 +75,7 @@ def runs(model_path, tmp_path_factory) -> Path:
     scenarios["jit ddp"] = moments("SIGTERM", [["in the second backward", 4]], victim=1, **ddp)
     for left in FULL if private_disks() else ():
         scenarios[f"full {left}"] = moments(f"fill {left}", [["in the second backward", 4]], disk="6m")
-    return play(model_path, tmp_path_factory.mktemp("faults"), scenarios, private_disks(), LIMIT)
+    return play(model_path, tmp_path_factory.mktemp("faults"), scenarios, "fault_run", private_disks(), LIMIT)
 
 
 def status_of(folder: Path) -> list[list[int]]:
@@ -138,12 +138,8 @@ def test_a_run_whose_disk_is_full_says_so_and_leaves_the_last_checkpoint_complet
 
 
 @pytest.fixture(scope="module")
-def meetings(model_path, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("meetings")
-    command = [sys.executable, "tests/processes/fault_run.py", model_path, str(folder)]
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder
+def meetings(runs) -> Path:
+    return runs / "meetings"
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
-"""examples/train.py trains on MATH rows, resumes, and explains mistakes; its recipe is the paper's setting."""
+"""examples/train.py trains on MATH rows, resumes, and explains mistakes; its recipe is the paper's setting.
+
+That it trains under every engine is in `test_distributed.py`.
+"""
 
 import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 
@@ -96,42 +97,34 @@ def test_tokenizer_survives_save_and_load(llama_path, math_rows):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def launch(config: str, *arguments: str) -> str:
+def launch(*arguments: str) -> str:
     """`accelerate launch` of train.py; what it printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
-    command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
-    if config != "single_cpu":
-        command.append(str(ROOT / "examples/on_cpu.py"))
+    command += ["--config_file", str(ROOT / "accelerate_configs" / "single_cpu.yaml")]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "HF_HOME": str(Path("hf").resolve()),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
     }
-    with Path("output").open("w") as output:
-        process = subprocess.Popen(
-            [*command, str(ROOT / "examples/train.py"), *arguments],
-            env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    try:
-        assert process.wait(timeout=120) == 0, Path("output").read_text()
-    except subprocess.TimeoutExpired:
-        # With all done, torch may hang on the way out of DDP over gloo: it waits for a thread that waits for it.
-        assert config == "multi_cpu" and "Model saved" in Path("output").read_text(), Path("output").read_text()
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return Path("output").read_text()
+    command += [str(ROOT / "examples/train.py"), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
 
 
-def check_launch(config: str, folder: Path, llama_path: str, rows: Dataset) -> None:
-    """A YAML file with command-line overrides, from a local parquet file to a model that loads again."""
+def prepare_run(folder: Path, llama_path: str, rows: Dataset) -> list[str]:
+    """A folder to train in; returns the command line: a YAML file with overrides, and a local parquet file."""
+    (folder / "my_rewards.py").write_text(MY_REWARDS)
     rows.to_parquet(folder / "math.parquet")
     (folder / "run.yaml").write_text(yaml.safe_dump({**RUN, "max_steps": 7, "dataset_name": "missing.parquet"}))
     arguments = ["--config", "run.yaml", "--dataset_name", "math.parquet", "--max_steps", "2"]
-    output = launch(config, *arguments, "--model_name_or_path", llama_path, "--output_dir", "out")
+    return [*arguments, "--model_name_or_path", llama_path, "--output_dir", "out"]
+
+
+def check_run(folder: Path, llama_path: str, output: str) -> None:
+    """What was printed, and a model that loads again."""
     assert "Left out 2 of 42 rows" in output
     assert "Training completed" in output
 
@@ -147,22 +140,18 @@ def check_launch(config: str, folder: Path, llama_path: str, rows: Dataset) -> N
         assert "rewards/accuracy_reward/mean" in entry and "rewards/parity_reward/mean" in entry
 
 
-def test_trains_on_math_by_accelerate_launch(folder, llama_path, math_rows):
-    check_launch("single_cpu", folder, llama_path, math_rows)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "config", ["multi_cpu", "fsdp2_cpu", "deepspeed_zero1_cpu", "deepspeed_zero2_cpu", "deepspeed_zero3_cpu"]
-)
-def test_trains_under_every_engine(config, folder, llama_path):
-    """On rows made here, so that it runs wherever the package does."""
-    if config.startswith("deepspeed"):
-        pytest.importorskip("deepspeed")
+def test_trains_on_math_by_accelerate_launch(folder, llama_path, math_rows):
+    output = launch(*prepare_run(folder, llama_path, math_rows))
+    check_run(folder, llama_path, output)
+
+
+def rows_like_math() -> Dataset:
+    """Made here, so that what trains on them runs wherever the package does."""
     problems = [f"What is {i} + {i}?" for i in range(40)] + [f"What is {'1 + ' * 100}{i}?" for i in range(2)]
     prompts = [[{"role": "user", "content": problem}] for problem in problems]
     answers = [{"ground_truth": str(2 * i)} for i in range(42)]
-    check_launch(config, folder, llama_path, Dataset.from_dict({"prompt": prompts, "reward_model": answers}))
+    return Dataset.from_dict({"prompt": prompts, "reward_model": answers})
 
 
 @pytest.mark.parametrize("branching", [["1"], ["1", "2"]])

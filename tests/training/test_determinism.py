@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared_fixtures import tiny_args
 from tiny import make_tokenizer, spread_reward
 from torch import Tensor
 from transformers import Qwen2ForCausalLM, TrainerCallback
@@ -76,20 +77,12 @@ class FirstStep(TrainerCallback):
             self.gradient = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.fixture
-def run(model_path, make_args, dataset, tmp_path):
-    def make(number: int = 0, **options) -> Run:
+@pytest.fixture(scope="module")
+def run(model_path, dataset, tmp_path_factory):
+    def make(**options) -> Run:
         first = FirstStep()
-        args = make_args(
-            **{
-                "output_dir": str(tmp_path / str(number)),
-                "per_device_train_batch_size": 32,
-                "max_steps": 3,
-                "max_grad_norm": 0.0,
-                "beta": 0.1,
-                **options,
-            }
-        )
+        defaults = {"per_device_train_batch_size": 32, "max_steps": 3, "max_grad_norm": 0.0, "beta": 0.1}
+        args = tiny_args(str(tmp_path_factory.mktemp("run")), **{**defaults, **options})
         model = Qwen2ForCausalLM.from_pretrained(model_path, dtype=torch.float32)
         first.trainer = trainer = TreeRPOTrainer(
             model, spread_reward, args, train_dataset=dataset, processing_class=make_tokenizer(), callbacks=[first]
@@ -104,31 +97,34 @@ def run(model_path, make_args, dataset, tmp_path):
     return make
 
 
+@pytest.fixture(scope="module")
+def plain(run) -> Run:
+    return run()
+
+
 def name_of(options: dict[str, Any]) -> str:
     return "-".join(f"{name}={value}" for name, value in options.items()) or "defaults"
 
 
 @pytest.mark.parametrize("options", DIVISIONS, ids=name_of)
 def test_the_same_seed_gives_the_same_run_however_the_batch_is_cut_up(run, options):
-    first, second = run(0, **options), run(1, **options)
+    first, second = run(**options), run(**options)
     assert first.has_the_bits_of(second)
     assert first.logs == second.logs and len(first.logs) == 3
 
 
 @pytest.mark.parametrize("options", UNCHANGED, ids=name_of)
-def test_options_that_change_no_bit(run, options):
-    plain, other = run(0), run(1, **options)
-    assert plain.has_the_bits_of(other)
+def test_options_that_change_no_bit(plain, run, options):
+    assert plain.has_the_bits_of(run(**options))
 
 
 @pytest.mark.parametrize("options", ROUNDED, ids=name_of)
-def test_options_that_change_the_rounding(run, options):
-    plain, other = run(0), run(1, **options)
+def test_options_that_change_the_rounding(plain, run, options):
+    other = run(**options)
     assert plain.trees == other.trees
     assert 0 < plain.error_of_gradient(other) < 1e-4
 
 
 @pytest.mark.parametrize("options", REDRAWN, ids=name_of)
-def test_options_that_draw_other_trees(run, options):
-    plain, other = run(0), run(1, **options)
-    assert plain.trees != other.trees
+def test_options_that_draw_other_trees(plain, run, options):
+    assert plain.trees != run(**options).trees
