@@ -53,7 +53,17 @@ PUBLIC_PLACES = {
     "statistics": {"treerpo_trl.evaluation"},
 }
 # Nothing of ours rests on these.
-BESIDE = {"plan": {"treerpo_trl.growth", "rich", "torch", "transformers"}, "rewards": {"trl"}}
+BESIDE = {
+    "plan": {
+        "treerpo_trl.checks",
+        "treerpo_trl.growth",
+        "treerpo_trl.treerpo_config",
+        "rich",
+        "torch",
+        "transformers",
+    },
+    "rewards": {"trl"},
+}
 ALLOWED = {**MAY_IMPORT, "treerpo_trainer": TRAINER, **PUBLIC_PLACES, **BESIDE, "__init__": {"treerpo_trl"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,8 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .growth import ForkShape, TreeShape
+from .checks.tree_shape import derive_tree
+from .growth import ForkShape, TreeShape, shape_of
 from .growth.memory import most_cached_tokens
+from .treerpo_config import TreeRPOConfig
 
 
 TRAINING = 3  # times the arithmetic of a forward pass: that, and twice as much backward
@@ -96,6 +100,8 @@ class ModelSize:
         Args:
             name: Folder, or id on the Hub.
         """
+        if Path(name).parent.is_dir() and str(Path(name).parent) != "." and not Path(name).exists():
+            raise ValueError(f"there is no folder {name}, and it names no model of the Hub")
         config: Any = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -126,22 +132,44 @@ def cache_bytes(
     return tree * model.cache_bytes, rows * model.cache_bytes
 
 
+# What `TreeRPOConfig` derives a tree from, as far as it is asked for here.
+TREE_OPTIONS = (
+    "branching_factor",
+    "max_depth",
+    "segment_length",
+    "max_completion_length",
+    "num_trunks",
+    "forks_per_trunk",
+    "continuations_per_fork",
+    "fork_rounds",
+)
+
+
 def make_shape(args: argparse.Namespace) -> ForkShape | TreeShape:
-    """The shape that the arguments describe.
+    """The shape of the trees that `TreeRPOConfig` would grow with these options.
 
     Raises:
-        ValueError: A number is below 1, or both kinds of trees are asked for.
+        TypeError: A number is no whole number.
+        ValueError: No tree can have that shape; or a number is below 1.
     """
-    numbers = {name: value for name, value in vars(args).items() if name != "model" and value is not None}
-    for name, value in numbers.items():
-        if any(number < 1 for number in (value if isinstance(value, list) else [value])):
+    for name, value in vars(args).items():
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} is {value}; give 1 or more")
-    if args.num_trunks is None:
-        branching = tuple(args.branching_factor or (2, 2))
-        return TreeShape(branching, args.segment_length, len(branching) * args.segment_length)
-    if args.branching_factor is not None:
-        raise ValueError("trees have a branching_factor, or num_trunks with forks; give one of them")
-    return ForkShape(args.num_trunks, args.forks_per_trunk, 1, 1, 1, args.max_completion_length)
+    given = {name: getattr(args, name) for name in TREE_OPTIONS if getattr(args, name) is not None}
+    options: tuple[Any, ...] = fields(TreeRPOConfig)
+    defaults = {
+        option.name: option.default_factory() if option.default is MISSING else option.default
+        for option in options
+        if option.default is not MISSING or option.default_factory is not MISSING
+    }
+    forks = [name for name in given if name in TREE_OPTIONS[4:]]
+    if forks and (branching := [name for name in TREE_OPTIONS[:3] if name in given]):
+        raise ValueError(f"{branching[0]} is for trees, and {forks[0]} for responses that fork; give one of them")
+    config = SimpleNamespace(**{**defaults, "split_rule": "uncertainty" if forks else "length", **given})
+    derive_tree(config)
+    shape = shape_of(config)
+    assert isinstance(shape, ForkShape | TreeShape)
+    return shape
 
 
 def report(args: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -196,17 +224,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m treerpo_trl.plan",
         description="Print what a step with trees costs, beside GRPO's with as many completions of the same length.",
     )
-    parser.add_argument("--branching_factor", type=int, nargs="+", help="children of a node, by depth (default: 2 2)")
-    parser.add_argument("--segment_length", type=int, default=256, help="tokens of a segment (default: %(default)s)")
-    parser.add_argument(
-        "--num_trunks", type=int, help="for trees that fork where the policy is unsure: whole responses per prompt"
-    )
-    parser.add_argument(
-        "--forks_per_trunk", type=int, default=1, help="forks of each whole response (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max_completion_length", type=int, default=512, help="tokens of a whole response (default: %(default)s)"
-    )
+    own = {field.name: field.metadata["help"] for field in fields(TreeRPOConfig) if field.name in TREE_OPTIONS}
+    for name in TREE_OPTIONS:
+        parser.add_argument(f"--{name}", type=int, nargs="+" if name == "branching_factor" else None, help=own[name])
     parser.add_argument(
         "--num_prompts", type=int, default=8, help="prompts per step, on all GPUs (default: %(default)s)"
     )
@@ -224,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         lines = report(args)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     table = Table("a step", "TreeRPO", "GRPO", caption=NOTE, caption_justify="left")

@@ -4,8 +4,8 @@ import pytest
 from places import EXAMPLES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from treerpo_trl import plan
-from treerpo_trl.growth import ForkShape, TreeShape
+from treerpo_trl import TreeRPOConfig, plan
+from treerpo_trl.growth import ForkShape, TreeShape, shape_of
 
 
 EXAMPLE_MODEL = str(EXAMPLES / "base_model")
@@ -64,6 +64,28 @@ def test_memory_of_the_engines():
     assert plan.training_bytes(100, 1) == {"single_gpu": 1600}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"branching_factor": [2]},
+        {"branching_factor": [2], "max_depth": 1},
+        {"branching_factor": [4, 4, 4], "segment_length": 24},
+        {"max_completion_length": 100},
+        {"num_trunks": 6, "forks_per_trunk": 2, "continuations_per_fork": 2, "max_completion_length": 99},
+    ],
+)
+def test_the_tree_is_the_one_that_the_config_grows(options, tmp_path):
+    words = [
+        word
+        for name, value in options.items()
+        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+    rule = {"split_rule": "uncertainty"} if "num_trunks" in options else {}
+    config = TreeRPOConfig(str(tmp_path), bf16=False, per_device_train_batch_size=960, **options, **rule)
+    assert plan.make_shape(plan._parser().parse_args(words)) == shape_of(config)
+
+
 def test_the_table(capsys):
     out = printed(capsys, "--branching_factor", 4, 4, "--segment_length", 64, "--num_prompts", 8, "--num_gpus", 2,
                   "--model", EXAMPLE_MODEL)  # fmt: skip
@@ -77,9 +99,11 @@ def test_the_table(capsys):
     ("arguments", "message"),
     [
         (["--num_prompts", "6", "--num_gpus", "4"], "num_prompts 6 cannot be divided among 4 GPUs"),
-        (["--branching_factor", "2", "0"], r"branching_factor is [2, 0]; give 1 or more"),
+        (["--branching_factor", "2", "0"], "branching_factor [2, 0] has a number below 1"),
         (["--segment_length", "0"], "segment_length is 0; give 1 or more"),
-        (["--branching_factor", "2", "--num_trunks", "2"], "give one of them"),
+        (["--branching_factor", "2", "--num_trunks", "2"], "give one"),
+        (["--segment_length", "4", "--max_completion_length", "100"], "max_completion_length"),
+        (["--model", str(EXAMPLES / "nope")], "there is no folder"),
         (["--model", "/no/such/folder"], "/no/such/folder"),
     ],
 )

@@ -181,9 +181,17 @@ def check_bibtex(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # By the language that a block names.
+def check_diff(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Python: before and after the change."""
+    for kept, other in ("-+", "+-"):
+        lines = [line for line in block.text.splitlines() if not line.startswith(other)]
+        compile("\n".join(line.removeprefix(kept).removeprefix(" ") for line in lines), block.file, "exec")
+
+
 LANGUAGES: dict[str, Callable[[Block, pytest.MonkeyPatch], None]] = {
     **dict.fromkeys(SHELLS, check_shell),
     "": check_unnamed,
     "bibtex": check_bibtex,
+    "diff": check_diff,
     "python": check_python_block,
 }

@@ -10,22 +10,29 @@ from treerpo_trl import TreeRPOTrainer
 from treerpo_trl.reporting.console import HEADER_EVERY, CompactLog
 
 
-STEP = {"loss": 0.01234, "reward": 0.5, "tree/kept_groups": 0.75, "num_tokens": 12345.0, "step_time": 1.5}
+STEP = {
+    "loss": 0.01234,
+    "reward": 0.5,
+    "tree/kept_groups": 0.75,
+    "tree/advantage_abs": 0.8,
+    "num_tokens": 12345.0,
+    "step_time": 1.5,
+}
 
 
 def test_a_line_has_what_to_watch_and_what_changed():
     log = CompactLog()
     header, first = log.lines({**STEP, "completions/mean_length": 27.25}, 5)
-    assert header.split() == ["step", "loss", "reward", "change", "kept", "length", "tokens", "s/step"]
-    assert first.split() == ["5", "0.0123", "0.500", "-", "0.75", "27.2", "12.3k", "1.50"]
+    assert header.split() == ["step", "loss", "reward", "change", "kept", "|A|", "length", "tokens", "s/step"]
+    assert first.split() == ["5", "0.0123", "0.500", "-", "0.75", "0.80", "27.2", "12.3k", "1.50"]
     (second,) = log.lines({**STEP, "reward": 0.4, "completions/mean_length": 27.0}, 10)
-    assert second.split() == ["10", "0.0123", "0.400", "-0.100", "0.75", "27.0", "12.3k", "1.50"]
+    assert second.split() == ["10", "0.0123", "0.400", "-0.100", "0.75", "0.80", "27.0", "12.3k", "1.50"]
     assert len(header) == len(first) == len(second)
 
 
 def test_what_was_not_measured_is_a_dash():
     _, line = CompactLog().lines({"loss": math.nan, "reward": None} | {"tree/kept_groups": None}, 1)
-    assert line.split() == ["1", *"-------"]
+    assert line.split() == ["1", *"--------"]
 
 
 def test_the_header_comes_again():

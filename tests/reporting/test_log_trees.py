@@ -29,13 +29,13 @@ def test_every_k_steps_the_trees_that_were_trained_are_on_disk(model, make_args,
     args = make_args(log_trees=True, log_trees_steps=2, max_steps=5, num_trees_to_print=1)
     make_trainer(model, args, dataset).train()
     folder = Path(args.output_dir) / "trees"
-    steps = [f"step_{step:06d}.{kind}" for step in (2, 4) for kind in ("html", "parquet")]
+    steps = [f"step_{step:06d}.{kind}" for step in (2, 4, 5) for kind in ("html", "parquet")]
     assert names(folder) == ["index.html", *steps]
     for step in (2, 4):
         records = read_trees(folder / f"step_{step:06d}.parquet")
         assert {record["step"] for record in records} == {step}
         assert {record["tree"] for record in records} == {0, 1}
-    assert len(ROOT_LINE.findall(capsys.readouterr().out)) == 2  # one a step
+    assert len(ROOT_LINE.findall(capsys.readouterr().out)) == 3  # one a step
     assert "step_000004.html" in (folder / "index.html").read_text()
 
 

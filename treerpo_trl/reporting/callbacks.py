@@ -35,7 +35,7 @@ class TreeLoggingCallback(TrainerCallback):
         trainer ([`TreeRPOTrainer`]):
             Whose trees to write.
         steps (`int`, *optional*):
-            Every how many optimizer steps. Defaults to the trainer's `logging_steps`.
+            Every how many optimizer steps, and at the last one. Defaults to the trainer's `logging_steps`.
         num_trees_to_print (`int`, *optional*, defaults to `0`):
             How many to print in the terminal: those with most nodes that are trained.
         max_trees_per_page (`int`, *optional*, defaults to `16`):
@@ -61,7 +61,8 @@ class TreeLoggingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the trees, if it is their turn. Every process has to come here."""
-        if state.global_step % (self.steps or state.logging_steps):
+        is_turn = state.global_step % (self.steps or state.logging_steps) == 0
+        if not is_turn and state.global_step < state.max_steps:  # a short run has its last step's trees
             return
         trainer, trees = self.trainer, self.trainer.last_trees
         process = trainer.accelerator.process_index

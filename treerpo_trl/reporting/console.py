@@ -31,18 +31,20 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("reward", "reward", _plain(3)),
     ("change", "change", lambda value: f"{value:+.3f}"),
     ("kept", "tree/kept_groups", _plain(2)),
+    ("|A|", "tree/advantage_abs", _plain(2)),
     ("length", "completions/mean_length", _plain(1)),
     ("tokens", "num_tokens", _count),
     ("s/step", "step_time", _plain(2)),
 )
-WIDTH = 8
+WIDTH = 7
 
 
 class CompactLog:
     """Turns the metrics of a log into lines of a table.
 
-    `loss`, `reward` and its `change`; `kept`, the share of groups that teach something; `length`, tokens of a
-    completion; `tokens` since the start; and seconds a step.
+    `loss`; `reward`, and its `change` since the line above; `kept`, the share of groups that were not pruned; `|A|`,
+    the mean size of an advantage, which is 0 where a batch teaches nothing; `length`, tokens of a completion;
+    `tokens`, processed since the start; and seconds per step.
     """
 
     def __init__(self) -> None:
@@ -61,7 +63,7 @@ class CompactLog:
             return [self._evaluation(logs, step)]
         if "loss" not in logs:
             return [str(dict(logs))]
-        header = ["".join(["    step", *(f"{title:>{WIDTH + 1}}" for title, _, _ in COLUMNS)])]
+        header = ["".join(["   step", *(f"{title:>{WIDTH + 1}}" for title, _, _ in COLUMNS)])]
         line = self._training(logs, step)
         self._num_lines += 1
         return [*header, line] if self._num_lines % HEADER_EVERY == 1 else [line]
@@ -71,7 +73,7 @@ class CompactLog:
         known = {**logs, "change": reward - self._last_reward}
         self._last_reward = reward
         cells = (self._cell(known.get(metric), write) for _, metric, write in COLUMNS)
-        return f"{step:>8}" + "".join(f"{cell:>{WIDTH + 1}}" for cell in cells)
+        return f"{step:>7}" + "".join(f"{cell:>{WIDTH + 1}}" for cell in cells)
 
     @staticmethod
     def _cell(value: Any, write: Callable[[float], str]) -> str:
@@ -82,7 +84,7 @@ class CompactLog:
         """Rewards and losses, of each evaluation dataset."""
         shown = ("_reward", "_loss", "_completions/mean_length")
         parts = [f"{key} {logs[key]:.4g}" for key in logs if key.startswith("eval_") and key.endswith(shown)]
-        return f"{step:>8} {', '.join(parts)}"
+        return f"{step:>7} {', '.join(parts)}"
 
 
 class CompactProgressCallback(ProgressCallback):

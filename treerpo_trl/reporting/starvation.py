@@ -72,7 +72,8 @@ class StarvationWatch:
                 f"leaves them out. Raise segment_length ({args.segment_length}) or max_depth ({args.max_depth}), or "
                 "set mask_truncated_completions=False"
             )
-        if largest is None and self.is_compared:  # without siblings, with the other trees of the batch
+        compares_trees = args.advantage_estimator == "optimal_baseline"
+        if self.is_compared and (largest is None or (compares_trees and largest == 0)):
             return (
                 f"all completions of a batch had the same reward ({self._mean_rewards()}), so there is nothing to "
                 f"compare. {TIES}. Use prompts that the model solves sometimes, more of them a batch, or rewards with "
