@@ -19,7 +19,7 @@ UNFINISHED := $(VENV)/.installing
 VLLM_STAMP := $(VLLM_VENV)/.installed
 # Whole files go to one process, as their tests share models and launches; tests/conftest.py says which begin first.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
-# vLLM needs an older transformers, the oldest that the package supports, so what rests on it is tested there as well.
+# vLLM needs an older transformers, the oldest that the package supports, so some other tests run there as well.
 VLLM_TESTS := $(addprefix tests/,test_trl_contract.py test_trainer.py checks/test_generation_options.py \
                           examples/test_evaluate_vllm.py growth/test_backend_transformers.py growth/test_backend_vllm.py \
                           growth/test_vllm_tools.py processes/test_vllm_server.py training/test_reduces_to_grpo.py)
