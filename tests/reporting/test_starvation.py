@@ -140,6 +140,14 @@ def test_rare_batches_that_teach_are_enough(caplog):
     assert watch_batches(caplog, [*[TIED] * (FIRST_WARNING - 1), TAUGHT] * 50) == []
 
 
+def test_where_trees_are_compared_the_advice_is_not_about_siblings(caplog):
+    """Siblings tie there as well, but a wider tree would not help."""
+    equal = {"tree/kept_groups": 1.0, "tree/value_range_max": 0.0, "tree/reward": 0.0, "tree/advantage_abs": 0.0}
+    watch = make_watch(advantage_estimator="optimal_baseline")
+    (warning,) = watch_batches(caplog, [equal] * FIRST_WARNING, watch)
+    assert "all completions of a batch had the same reward (0)" in warning and "branching_factor" not in warning
+
+
 def test_a_new_drought_must_be_twice_as_long(caplog):
     dry, drier = [TIED] * FIRST_WARNING, [TIED] * 2 * FIRST_WARNING
     assert len(watch_batches(caplog, [*dry, TAUGHT, *dry, TAUGHT])) == 1

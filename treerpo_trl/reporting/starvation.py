@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ..credit import ESTIMATORS
+
 
 logger = logging.getLogger(__name__)
 FIRST_WARNING = 10
@@ -72,7 +74,7 @@ class StarvationWatch:
                 f"leaves them out. Raise segment_length ({args.segment_length}) or max_depth ({args.max_depth}), or "
                 "set mask_truncated_completions=False"
             )
-        compares_trees = args.advantage_estimator == "optimal_baseline"
+        compares_trees = not ESTIMATORS[args.advantage_estimator].needs_siblings
         if self.is_compared and (largest is None or (compares_trees and largest == 0)):
             return (
                 f"all completions of a batch had the same reward ({self._mean_rewards()}), so there is nothing to "
