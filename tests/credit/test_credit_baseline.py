@@ -176,6 +176,20 @@ def test_sums_without_each_are_sums_of_the_others(numbers):
     assert _without_each(parts).tolist() == [sum(numbers) - number for number in numbers]
 
 
+@pytest.mark.parametrize("zero", [-100.0, 3.0, 1000.0])
+def test_rewards_far_from_zero_lose_nothing(zero):
+    """Sums of their squares would: of a variance of 1e-4, around 1000, one digit in ten thousand would be wrong."""
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        tree_M, value_M = np.repeat(np.arange(4), 3), draw.integers(0, 9, 12) / 8
+        x_M = draw.integers(0, 3, 4)[tree_M] / 4 + draw.integers(0, 2, 12) / 64
+        found, shifted = (
+            fit_baselines(tree_M, value_M + at, np.ones(12), np.stack([np.ones(12), x_M + at], 1), 4)
+            for at in (0.0, zero)
+        )
+        assert shifted - zero == pytest.approx(found, abs=1e-10)
+
+
 def test_a_feature_that_does_not_vary_has_no_slope():
     """Siblings that are all .7 but for rounding tell nothing, and do not spoil what others tell."""
     draw = np.random.default_rng(0)

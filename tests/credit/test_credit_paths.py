@@ -180,7 +180,7 @@ def test_the_zero_of_rewards_does_not_matter(name, forest, rewards, shift):
     shifted = [leaf_rewards(tree, [None if each is None else each + shift for each in rewards]) for tree in trees]
     expected = advantages_of(name, trees, given_rewards, shape)
     for of_tree, other in zip(expected, advantages_of(name, trees, shifted, shape), strict=True):
-        assert other == pytest.approx(of_tree, rel=1e-5, abs=1e-6)
+        assert other == pytest.approx(of_tree, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize(

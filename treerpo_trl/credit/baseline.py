@@ -17,7 +17,8 @@ from .values import ValuedTree
 
 Array = NDArray[Any]
 RIDGE = 0.02  # on the slopes, as a share of the weighted variance of what they belong to
-FLAT = 1e-10  # share of a square below which a variance is taken for rounding; rewards are float32
+FLAT = 1e-10  # share of a square below which a variance is taken for rounding
+ROUNDING = 1e-7  # share of the largest value below which deviations are rounding; rewards are float32
 
 
 def optimal_baseline(forest: Sequence[ValuedTree]) -> list[list[float]]:
@@ -80,7 +81,11 @@ def fit_baselines(tree_M: Array, value_M: Array, weight_M: Array, feature_MF: Ar
     """
     feature_MF = feature_MF[:, ~np.isnan(feature_MF).all(axis=0)]  # at some depths nothing has siblings
     is_known_M: Array = np.asarray(~np.isnan(feature_MF).any(axis=1))
+    # Sums of squares of values far from 0 would lose the variance to rounding, so all is measured from the mean.
+    zero, rounding = value_M.mean(), (ROUNDING * np.abs(value_M).max()) ** 2
+    value_M = value_M - zero
     feature_MF = np.where(is_known_M[:, None], feature_MF, 0.0)
+    feature_MF[is_known_M, 1:] -= zero
     # All that a fit needs to know of a tree: sums over its nodes of w x x', w x V; and of all nodes w and w V.
     weighted_MF = feature_MF * (weight_M * is_known_M)[:, None]
     gram_TFF = np.zeros((num_trees, feature_MF.shape[1], feature_MF.shape[1]))
@@ -94,13 +99,15 @@ def fit_baselines(tree_M: Array, value_M: Array, weight_M: Array, feature_MF: Ar
     mean_T = _without_each(sum_T) / _positive(_without_each(weight_T))
     baseline_M = mean_T[tree_M]
     for tree in np.unique(tree_M):
-        share, slope_F = _fit_without(tree, gram_TFF, moment_TF, weight_T, sum_T)
+        share, slope_F = _fit_without(tree, gram_TFF, moment_TF, weight_T, sum_T, rounding)
         own = (tree_M == tree) & is_known_M
         baseline_M[own] += share * (feature_MF[own] @ slope_F - baseline_M[own])
-    return baseline_M
+    return baseline_M + zero
 
 
-def _fit_without(tree: int, gram_TFF: Array, moment_TF: Array, weight_T: Array, sum_T: Array) -> tuple[float, Array]:
+def _fit_without(
+    tree: int, gram_TFF: Array, moment_TF: Array, weight_T: Array, sum_T: Array, rounding: float
+) -> tuple[float, Array]:
     """The share s and the coefficients a of a regression on all trees but one.
 
     s minimises the weighted squared error of b0 + s (a'x - b0) over the other trees, each predicted without itself.
@@ -108,11 +115,11 @@ def _fit_without(tree: int, gram_TFF: Array, moment_TF: Array, weight_T: Array, 
     others = np.arange(len(weight_T)) != tree
     gram_TFF, moment_TF, weight_T, sum_T = (sums[others] for sums in (gram_TFF, moment_TF, weight_T, sum_T))
     gram_FF = gram_TFF.sum(axis=0)
-    slope_F = _ridge(gram_FF[None], moment_TF.sum(axis=0)[None])[0]
+    slope_F = _ridge(gram_FF[None], moment_TF.sum(axis=0)[None], rounding)[0]
     rest_TFF = _without_each(gram_TFF)
     is_fitted_T = rest_TFF[:, 0, 0] > 0  # if not, nothing moves
     mean_T = np.where(is_fitted_T, _without_each(sum_T) / _positive(_without_each(weight_T)), 0.0)
-    move_TF = _ridge(rest_TFF, _without_each(moment_TF))
+    move_TF = _ridge(rest_TFF, _without_each(moment_TF), rounding)
     move_TF[:, 0] -= mean_T  # coefficients of a'x - b0
     gain = np.einsum("tf,tf->", move_TF, moment_TF) - np.einsum("t,tf,tf->", mean_T, move_TF, gram_TFF[:, 0, :])
     size = np.einsum("tf,tfg,tg->", move_TF, gram_TFF, move_TF)
@@ -121,18 +128,18 @@ def _fit_without(tree: int, gram_TFF: Array, moment_TF: Array, weight_T: Array, 
     return (float(np.clip(gain / size, 0.0, 1.0)) if is_sound else 0.0), slope_F
 
 
-def _ridge(gram_TFF: Array, moment_TF: Array) -> Array:
+def _ridge(gram_TFF: Array, moment_TF: Array, rounding: float) -> Array:
     """[T, F] coefficients of weighted ridge regressions; the constant is not shrunk.
 
     Slopes are found from deviations from the weighted means, and the penalty is a share of their variance, so that
-    neither the zero of the rewards nor their unit matters.
+    neither the zero of the rewards nor their unit matters. A variance of no more than `rounding` is none.
     """
     weight_T = np.where(gram_TFF[:, 0, 0] > 0, gram_TFF[:, 0, 0], 1.0)[:, None]
     mean_TF = gram_TFF[:, 0, 1:] / weight_T
     gram_TFF, sum_T, moment_TF = gram_TFF[:, 1:, 1:], moment_TF[:, :1], moment_TF[:, 1:]
     centered_TFF = gram_TFF - (weight_T * mean_TF)[:, :, None] * mean_TF[:, None, :]
     variance_TF = np.diagonal(centered_TFF, axis1=1, axis2=2)
-    is_flat_TF = variance_TF <= FLAT * np.diagonal(gram_TFF, axis1=1, axis2=2)
+    is_flat_TF = variance_TF <= FLAT * np.diagonal(gram_TFF, axis1=1, axis2=2) + rounding * weight_T
     # A feature that does not vary has no slope, and no part in the others'.
     centered_TFF = np.where(is_flat_TF[:, :, None] | is_flat_TF[:, None, :], 0.0, centered_TFF)
     penalty_TF = np.where(is_flat_TF, 1.0, RIDGE * variance_TF)
