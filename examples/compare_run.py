@@ -163,16 +163,17 @@ def measure_tree_tokens(run: Run, model: Any, tokenizer: Any) -> float:
     if isinstance(shape, TreeShape) and shape.delimiters is None:
         return expected_tokens(shape, response_lengths(workload, model, tokenizer))
     prompts = [as_ids(prompt, tokenizer) for prompt in workload.train(CALIBRATION_PROMPTS, seed=0)["prompt"]]
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     backend = TransformersBackend(
         model.eval(),
         GenerationConfig(
             do_sample=True,
             temperature=workload.temperature,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad_token_id,
         ),
         [tokenizer.eos_token_id],
-        tokenizer.pad_token_id,
+        pad_token_id,
         max_rows=workload.eval_batch_size,
         tokenizer=tokenizer,
         statistics=run.method.statistics,

@@ -7,15 +7,15 @@
 
     make gpu-check
 
-Random weights of Qwen2.5's sizes, so nothing is downloaded. It writes `gpu-check.json` and prints a table of it. On a
-CPU it runs with `--sizes tiny`.
+Random weights of Qwen2.5's sizes, so nothing is downloaded. It writes `gpu-check.json` and prints a table of it. With
+less than 40 GB of memory take `--sizes 0.5B --rows 16`. On a CPU it runs with `--sizes tiny`.
 
 - exact: log-probabilities and gradients of shared prefixes against dense rows, in float32 and in bf16, beside the
   distance of bf16 itself from float32; and whether the same step twice gives the same bits.
 - kernels: seconds of training with FlexAttention against those with SDPA, and the difference between their gradients.
 - speed: seconds of sampling, training and a whole step against GRPO with as many completions, and of training against
   rows without padding.
-- memory: peak of sampling, against what `max_frontier_rows` is said to bound.
+- memory: peak of sampling, against what `max_frontier_rows` is said to bound; once, on a model of its own.
 - training: steps of TreeRPO and GRPO, with all weights or LoRA, and with vLLM if it is installed: seconds and peak.
 """
 
@@ -26,7 +26,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
 
 from treerpo_trl import TreeRPOConfig, TreeRPOTrainer
 from treerpo_trl.prefix_sharing import forward
@@ -55,6 +56,7 @@ SIZES = {
     "1.5B": (1536, 8960, 28, 12, 2, 151_936),
 }
 HAS_GPU = torch.cuda.is_available()
+LEAVES, NUM_PROMPTS = 64, 2  # of a tree, and of a batch
 
 
 def make_model(size: str, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
@@ -81,11 +83,12 @@ def make_model(size: str, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalL
 def make_trainer(
     trainer_class: type[GRPOTrainer], size: str, lengths: argparse.Namespace, dtype: str = "float32", **options: Any
 ) -> GRPOTrainer:
-    """A trainer of 4 x 4 x 4 trees, or of 64 completions a prompt, of two prompts a batch."""
+    """A trainer of 4 x 4 x 4 trees, or of 64 completions a prompt, of two prompts a batch, in micro-batches."""
     peft_config = options.pop("peft_config", None)
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": 128,
+        "per_device_train_batch_size": lengths.rows,
+        "gradient_accumulation_steps": NUM_PROMPTS * LEAVES // lengths.rows,
         "max_steps": lengths.steps,
         "logging_steps": 1,
         "learning_rate": 1e-6,
@@ -100,7 +103,7 @@ def make_trainer(
         shape = {"branching_factor": [4, 4, 4], "max_depth": 3, "segment_length": lengths.segment_length}
         args: Any = TreeRPOConfig(**common, **shape, prune_threshold=None)
     else:
-        args = GRPOConfig(**common, num_generations=64, max_completion_length=3 * lengths.segment_length)
+        args = GRPOConfig(**common, num_generations=LEAVES, max_completion_length=3 * lengths.segment_length)
     prompts = [" ".join(str(2 + (7 * i + j) % 500) for j in range(lengths.prompt_length)) for i in range(64)]
     return trainer_class(
         make_model(size, getattr(torch, dtype) if peft_config is not None else torch.float32),
@@ -112,13 +115,19 @@ def make_trainer(
     )
 
 
+def sample_rows(trainer: GRPOTrainer, indices: Sequence[int], count: int) -> dict[str, Any]:
+    """The first micro-batch of trees of these prompts, ready for the loss."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    prompts = [trainer.train_dataset[index] for index in indices for _ in range(LEAVES)]
+    batch = trainer._generate_and_score_completions(prompts)
+    return split_tensor_dict(batch, len(prompts) // count)[0]
+
+
 def check_exact(size: str, lengths: argparse.Namespace) -> dict[str, Any]:
     """Shared prefixes against dense rows, on sampled trees."""
     trainer = make_trainer(TreeRPOTrainer, size, lengths)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    rows = [trainer.train_dataset[index] for index in (0, 1) for _ in range(64)]
-    batch = trainer._generate_and_score_completions(rows)
+    batch = sample_rows(trainer, range(NUM_PROMPTS), lengths.rows)
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     needed = batch["completion_mask"].bool()
@@ -152,11 +161,13 @@ def check_exact(size: str, lengths: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def repeats_with_deterministic_algorithms(gradient: Callable[[bool], torch.Tensor]) -> bool:
-    """Whether shared prefixes give the same bits twice, as `full_determinism=True` has it."""
+def repeats_with_deterministic_algorithms(gradient: Callable[[bool], torch.Tensor]) -> bool | str:
+    """Whether shared prefixes give the same bits twice, as `full_determinism=True` has it; or why it cannot."""
     torch.use_deterministic_algorithms(True)
     try:
         return torch.equal(gradient(True), gradient(True))
+    except RuntimeError as error:
+        return str(error)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -166,12 +177,7 @@ def check_kernels(size: str, lengths: argparse.Namespace) -> dict[str, Any]:
     if not HAS_GPU:
         return {"skipped": "FlexAttention has a backward pass on GPUs only"}
     trainer = make_trainer(TreeRPOTrainer, size, lengths, "bfloat16")
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    batches = [
-        trainer._generate_and_score_completions([trainer.train_dataset[index] for _ in range(64)])
-        for index in range(4)
-    ]
+    batches = [sample_rows(trainer, (index, index + 1), lengths.rows) for index in range(4)]
 
     def timed_gradient(kernel: str, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
         trainer.model.zero_grad()
@@ -195,12 +201,12 @@ def check_kernels(size: str, lengths: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_speed(size: str, lengths: argparse.Namespace) -> dict[str, Any]:
-    """Medians of the benchmark, in bf16, on two prompts."""
+    """Medians of the benchmark, in bf16."""
     hidden_size, _, num_layers, *_ = SIZES[size]
     words = argparse.Namespace(
         segment_length=lengths.segment_length,
         prompt_length=lengths.prompt_length,
-        num_prompts=2,
+        num_prompts=max(1, lengths.rows // LEAVES),
         repeats=3,
         hidden_size=hidden_size // 64 * 64,
         num_layers=num_layers,
@@ -265,11 +271,13 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sizes = ["0.5B", "1.5B"] if HAS_GPU else ["tiny"]
+    rows = [2**power for power in range(1, 8)]
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=sizes, help="sizes of the random models")
     parser.add_argument(
         "--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="run only these checks"
     )
-    parser.add_argument("--segment_length", type=int, default=128 if HAS_GPU else 4, help="tokens of a segment")
+    parser.add_argument("--rows", type=int, choices=rows, default=32, help="rows of a micro-batch")
+    parser.add_argument("--segment_length", type=int, default=64 if HAS_GPU else 4, help="tokens of a segment")
     parser.add_argument("--prompt_length", type=int, default=128 if HAS_GPU else 8, help="tokens of a prompt")
     parser.add_argument("--steps", type=int, default=3, help="training steps")
     parser.add_argument("--output", type=Path, default=Path("gpu-check.json"), help="where to write the numbers")
@@ -286,6 +294,8 @@ def main() -> None:
     failures = 0
     for size in args.sizes:
         for name in args.checks:
+            if name == "memory" and size != args.sizes[0]:
+                continue
             try:
                 figures = CHECKS[name](size, args)
             except Exception as error:  # the report is what the check is for

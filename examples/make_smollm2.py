@@ -51,6 +51,9 @@ def read_gguf(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """
     read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # Which tokens end and fill up: not every version of transformers reads it for the tokenizer.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(read.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.eos_token
     del read.config.quantization_config
     model = LlamaForCausalLM(read.config)
     model.load_state_dict(read.state_dict())

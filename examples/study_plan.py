@@ -64,9 +64,8 @@ class Comparison:
 
 def credit(task: str, families: dict[str, list[Method]], **changes: Any) -> Comparison:
     """A comparison of the credit of the whole batch with GRPO, learning rates and shapes chosen in one run each."""
-    return Comparison(
-        task, families={"GRPO": GRPO, **families}, learning_rates=(RATE, 4e-4), tuning_seeds=(100,), **changes
-    )
+    choice = {"learning_rates": (RATE, 4e-4), "tuning_seeds": (100,), **changes}
+    return Comparison(task, families={"GRPO": GRPO, **families}, **choice)
 
 
 def equal_prompts(task: str, per_step: int, families: dict[str, list[Method]], **changes: Any) -> Comparison:
@@ -113,15 +112,17 @@ CREDIT = {
     "sums": credit(
         "sums",
         {"flat": [optimal(2)], "forks": [forks(1, 1)]},
-        seeds=(0, 1),
-        budget=Budget("tokens", total=400_000, per_step=8000),
+        learning_rates=(1e-4, 3e-4, 1e-3),
+        seeds=(0, 1, 2, 3),
+        budget=Budget("tokens", total=480_000, per_step=12_000),
         workload={
-            "num_test": 512,
-            "eval_batch_size": 128,
-            "max_rows_per_micro_batch": 64,
+            "num_test": 1024,
+            "eval_batch_size": 1024,
+            "max_rows_per_micro_batch": 256,
             "lora_rank": 16,
             "dtype": "bfloat16",
         },
+        final_samples=4,
     ),
 }
 # About as many prompts a step as GRPO with 8 completions has at 4,000 tokens a step. On the first two the largest rate
