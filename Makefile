@@ -15,6 +15,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PACKAGE_STAMP := $(VENV)/.installed-package
 UNFINISHED := $(VENV)/.installing
 VLLM_STAMP := $(VLLM_VENV)/.installed
 # Whole files go to one process, as their tests share models and launches; tests/conftest.py says which begin first.
@@ -33,9 +34,9 @@ help:  ## Show this list
 	@echo 'usage: make TARGET [ARGS="..."] [JOBS=2] [PYTHON=python3] [VENV=.venv]'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
-install: $(STAMP)  ## Make the virtual environment and install the package with its tested dependencies
+install: $(STAMP)  ## Make the virtual environment and install the package with its tools, in the tested versions
 
-quickstart: $(STAMP)  ## Run the quickstart on one CPU process, e.g. make quickstart ARGS="--seed 1"
+quickstart: $(PACKAGE_STAMP)  ## Run the quickstart on one CPU process, e.g. make quickstart ARGS="--seed 1"
 	$(BIN)/accelerate launch --config_file accelerate_configs/single_cpu.yaml examples/quickstart.py $(ARGS)
 
 test: $(STAMP)  ## Run the quick tests, in five minutes, e.g. make test ARGS="-k tree"
@@ -72,8 +73,9 @@ clean:  ## Remove the virtual environments, caches and build outputs
 	rm -rf $(VENV) $(VLLM_VENV) $(DIST_VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
+# First the package alone, which is half of the whole and all that the quickstart needs, then what tests and tools need.
 # An environment without pip, or one whose installation was cut short, is made anew; any other is kept and updated.
-$(STAMP): pyproject.toml constraints.txt
+$(PACKAGE_STAMP): pyproject.toml constraints.txt
 	@if [ -e $(UNFINISHED) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	    command -v $(PYTHON) >/dev/null || \
 	        { echo "error: no '$(PYTHON)' found; name a Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }; \
@@ -87,9 +89,16 @@ $(STAMP): pyproject.toml constraints.txt
 	    exit 1; \
 	fi
 	@touch $(UNFINISHED)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]" || { rm -f $(UNFINISHED); exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt -e . || { rm -f $(UNFINISHED); exit 1; }
 	@rm -f $(UNFINISHED)
 	@touch $@
+
+$(STAMP): $(PACKAGE_STAMP)
+	@touch $(UNFINISHED)
+	@rm $(PACKAGE_STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]" || { rm -f $(UNFINISHED); exit 1; }
+	@rm -f $(UNFINISHED)
+	@touch $(PACKAGE_STAMP) $@
 
 $(VLLM_STAMP): pyproject.toml tests/tools/vllm_constraints.txt tests/tools/make_vllm_env.sh
 	tests/tools/make_vllm_env.sh $(PYTHON) $(VLLM_VENV)

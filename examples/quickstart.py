@@ -14,6 +14,7 @@ saves the model. The last line printed is JSON with the numbers.
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from treerpo_trl.evaluation import EvaluationResult, evaluate
 from treerpo_trl.views.console import print_tree
 
 
+HAS_TERMINAL = sys.stderr.isatty()  # elsewhere progress bars are only noise
 NUM_HELD_OUT = 2048
 MAX_DEPTH = 2
 TREES_PER_STEP = 64
@@ -59,6 +61,7 @@ def measure(model, tokenizer, title: str) -> EvaluationResult:
         temperature=1.0,
         max_new_tokens=MAX_SOLUTION_TOKENS,
         batch_size=512,
+        progress_bar=HAS_TERMINAL,
     )
     print(f"{title}: Pass@1 {result.pass_at_1:.3f}, mean length {result.mean_length:.1f} tokens")
     return result
@@ -86,6 +89,7 @@ def make_config(output_dir: str, seed: int, split_rule: str) -> TreeRPOConfig:
         logging_steps=5,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=not HAS_TERMINAL,
         seed=seed,
     )
 
