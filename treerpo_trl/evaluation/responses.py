@@ -201,7 +201,7 @@ def _isolated(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and a random state of its own; both are put back, module by module."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), device_type="cuda"), torch.no_grad():
+        with torch.random.fork_rng(devices=range(torch.accelerator.device_count())), torch.no_grad():
             model.eval()
             yield
     finally:
