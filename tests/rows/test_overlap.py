@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treerpo_trl.growth import TreeShape
-from treerpo_trl.rows import RewardOverlap
+from treerpo_trl.rows import DistinctRows, RewardOverlap, score_once
 from treerpo_trl.tree import ROOT, Segment, Tree
 
 
@@ -55,22 +55,25 @@ def test_parts_are_as_the_whole(seed, num_trees):
     draw, rows = random.Random(seed), range(2 * num_trees)
     trees = forest(draw, num_trees)
     inputs = [{"prompt": f"p{row // 2}", "mark": row // 2} for row in rows]
-    order = draw.sample(range(num_trees), num_trees)
-    said = []
-    for parts in ([range(num_trees)], split(draw, order)):
-        columns, metrics = [], []
-        with RewardOverlap(make_trainer(judge), inputs) as overlap:
-            for part in parts:
-                overlap.add(trees, sorted(part))
-            (repeat,) = overlap.in_place_of([None])
-            rewards = repeat(
+    ids = [list(trees[row // 2].nodes[1 + row % 2].token_ids) for row in rows]
+    arguments = {
+        "prompts": [one["prompt"] for one in inputs], "completions": [str(token) for (token,) in ids],
+        "completion_ids": ids, "mark": [one["mark"] for one in inputs], "trainer_state": "state",
+    }  # fmt: skip
+    with RewardOverlap(make_trainer(judge), inputs) as overlap:
+        for part in split(draw, draw.sample(range(num_trees), num_trees)):
+            overlap.add(trees, sorted(part))
+        said = []
+        for function in (score_once(judge, DistinctRows.of(ids, 2)), *overlap.in_place_of([None])):
+            columns, metrics = [], []
+            rewards = function(
+                **arguments,
                 log_extra=lambda *column, to=columns: to.append(column),
                 log_metric=lambda *metric, to=metrics: to.append(metric),
-                completions="and all the rest",
             )
-        said.append((rewards, columns, metrics))
+            said.append((rewards, columns, metrics))
     (rewards, columns, metrics), (others, other_columns, other_metrics) = said
-    assert rewards == others == [trees[row // 2].nodes[1 + row % 2].token_ids[0] + 5 * (row - row % 2) for row in rows]
+    assert rewards == others == [token + 10 * (row // 2) for row, (token,) in enumerate(ids)]
     sparse, less = (dict(each).get("sparse", []) for each in (columns, other_columns))
     assert sorted(each for each in columns if each[0] != "sparse") == sorted(
         each for each in other_columns if each[0] != "sparse"

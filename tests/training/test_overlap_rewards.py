@@ -111,6 +111,7 @@ def test_nothing_of_the_run_is_another(start, options):
         judge = Judge()
         trainer = start(judge, skipping, reward_model(), gentle, overlap_rewards=overlap, **options)
         trainer.train()
+        assert trainer._overlap is None
         outcomes.append(outcome(trainer))
         judges.append(judge)
     (logs, tables, weights), (other_logs, other_tables, other_weights) = outcomes
@@ -171,6 +172,7 @@ def test_rewards_are_computed_while_later_blocks_are_sampled(start, monkeypatch)
     def reward(completions, **kwargs):
         begun.set()
         met.append(goes_on.wait(PATIENCE))
+        assert met[-1]
         return spread_reward(completions)
 
     monkeypatch.setattr(TransformersBackend, "extend", extend_together)
@@ -297,7 +299,7 @@ def test_evaluation_is_scored_as_before(start, dataset):
     assert evaluations[0] == evaluations[1]
 
 
-def test_tools_are_refused(start, dataset):
+def test_rewards_do_not_overlap_with_tools(start, dataset):
     def look_up(key: str) -> str:
         """Look something up.
 
