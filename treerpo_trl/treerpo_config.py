@@ -118,6 +118,10 @@ class TreeRPOConfig(GRPOConfig):
             Whether the training forward computes each distinct token of a micro-batch once, instead of row by row. The
             log-probabilities and gradients are those of dense rows. `"auto"` shares if the model can, and else warns
             with the reason. `True` makes that an error. `False` computes dense rows.
+        overlap_rewards (`bool`, *optional*, defaults to `False`):
+            Whether to call reward functions on the trees that have ended, in a thread, while others grow. It hides the
+            time of functions that wait, such as for a judge. A function then sees the rows of some trees at a time,
+            not of the whole batch. Reward models and async functions are called as before. Not with tools.
         num_generations (`int`, *optional*):
             Number of rows of a prompt: the leaves of the complete tree, N_1 x .. x N_D, or M (1 + K T L) with
             `split_rule="uncertainty"`. Derived; a given number is checked. It may be 1 if every branching factor is.
@@ -158,17 +162,11 @@ class TreeRPOConfig(GRPOConfig):
     )
     max_depth: int | None = field(
         default=None,
-        metadata={
-            "help": "Depth of the tree. Defaults to the length of `branching_factor` if that has several numbers, "
-            "else to 2."
-        },
+        metadata={"help": "Depth of the tree. Defaults to the length of `branching_factor` if above 1, else to 2."},
     )
     segment_length: int | None = field(
         default=None,
-        metadata={
-            "help": "Maximum number of tokens of a segment; the tree branches there. Defaults to "
-            "`max_completion_length` divided by `max_depth`, rounded up, if that is given, else to 128."
-        },
+        metadata={"help": "Maximum tokens of a segment. Defaults to `max_completion_length / max_depth`, or 128."},
     )
     split_rule: str | None = field(
         default=None,
@@ -224,10 +222,11 @@ class TreeRPOConfig(GRPOConfig):
     )
     prefix_sharing: Sharing = field(
         default="auto",
-        metadata={
-            "help": "Whether training computes each distinct token of a micro-batch once: 'auto' (if the model can, "
-            "else warn), 'true' (else fail) or 'false' (row by row)."
-        },
+        metadata={"help": "Compute distinct tokens once: 'auto' (if the model can), 'true' (else fail) or 'false'."},
+    )
+    overlap_rewards: bool = field(
+        default=False,
+        metadata={"help": "Call reward functions in a thread, with some trees at a time, while others are sampled."},
     )
     num_generations: int | None = field(
         default=None,

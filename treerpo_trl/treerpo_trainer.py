@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from .reporting.model_card import PAPER, write_model_card
 from .reporting.starvation import StarvationWatch
 from .rows import (
     DistinctRows,
+    RewardOverlap,
     RowRewards,
     check_rewards,
     credit_tokens,
@@ -107,6 +108,7 @@ class TreeRPOTrainer(TreeSamplingTrainer):
     reward_funcs: list[Any]
     _buffered_inputs: list[dict[str, Any]] | None
     _last_loaded_step: int
+    _overlap: RewardOverlap | None = None
 
     _tag_names = ["trl", "treerpo"]
     _name = "TreeRPO"
@@ -198,7 +200,8 @@ class TreeRPOTrainer(TreeSamplingTrainer):
         states = None if self._tool_use is None else self.environments
         rows = DistinctRows.of(completion_ids_list, self.num_generations, states)
         reward_funcs = self.reward_funcs
-        self.reward_funcs = [score_once(reward_func, rows) for reward_func in reward_funcs]
+        once = [score_once(reward_func, rows) for reward_func in reward_funcs]
+        self.reward_funcs = once if self._overlap is None else self._overlap.in_place_of(once)
         try:
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         finally:
@@ -214,7 +217,7 @@ class TreeRPOTrainer(TreeSamplingTrainer):
         """Replace the group-relative advantages of the rows by those of the trees' nodes."""
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        with nullcontext() if self._tool_use is None else self._tool_use.batch(inputs):
+        with nullcontext() if self._tool_use is None else self._tool_use.batch(inputs), self._overlapping(inputs):
             output = super()._generate_and_score_completions(inputs)
         trees = self.last_trees = self._assign_credit()
         device, completion_mask = output["completion_ids"].device, output["completion_mask"]
@@ -246,6 +249,15 @@ class TreeRPOTrainer(TreeSamplingTrainer):
             "num_items_in_batch": whole_weight,
             "row": torch.arange(len(inputs), device=device),
         }
+
+    @contextmanager
+    def _overlapping(self, inputs: list[dict[str, Any]]) -> Iterator[None]:
+        """Call reward functions while the batch is sampled, if the configuration says so."""
+        with RewardOverlap(self, inputs) if self.args.overlap_rewards else nullcontext() as self._overlap:
+            try:
+                yield
+            finally:
+                self._overlap = None
 
     def _assign_credit(self) -> list[ScoredTree]:
         """Score the trees of all processes with the rewards of their leaves."""

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import benchmark_memory
+import benchmark_rewards
 import benchmark_speed
 import gpu_check
 import pytest
@@ -36,6 +37,15 @@ def test_speed_with_several_prompts_and_early_ends(monkeypatch, capsys):
     full = run(benchmark_speed, ["--shapes", "2x2", "--num_prompts", "3", *SMALL], monkeypatch, capsys)
     found = run(benchmark_speed, words, monkeypatch, capsys)
     assert 1 < found["rho"]["2x2"] != full["rho"]["2x2"]
+
+
+def test_rewards(monkeypatch, capsys):
+    words = ["--num_prompts", "4", "--max_frontier_rows", "4", "--shares", "0", "4", *SMALL]
+    found = run(benchmark_rewards, words, monkeypatch, capsys)
+    assert [(one["kind"], one["share"]) for one in found] == [
+        ("waits", 0.0), ("waits", 4.0), ("computes", 0.0), ("computes", 4.0),
+    ]  # fmt: skip
+    assert all(one["in_turn"] > 4 * one["sampling"] for one in found if one["share"])
 
 
 def test_the_bound_of_caches():

@@ -134,6 +134,30 @@ def test_blocks_bound_what_is_drawn_and_what_waits(forest, block_rows, seed):
         assert all(len(tree.leaves) == shape.num_leaves for tree in without_ends)
 
 
+@given(any_forests(), st.one_of(st.none(), st.integers(1, 12)), st.integers(0, 100))
+def test_the_end_of_a_tree_is_told_once_and_at_once(forest, block_rows, seed):
+    """After the block that draws its last segments, and before the next; in any shape, it is what it will be."""
+    shape, trees = forest
+    drawn, told = [], {}
+
+    class Blocks(RandomBackend):
+        @property
+        def block_rows(self):
+            return block_rows
+
+        def extend(self, trees, wave):
+            drawn.append({tree for tree, _ in wave.branches})
+            return super().extend(trees, wave)
+
+    def on_end(trees, ended):
+        assert list(ended) == sorted(ended) and not told.keys() & set(ended)
+        told.update({index: (len(drawn), trees[index]) for index in ended})
+
+    grown = grow([tree.prompt_ids for tree in trees], shape, Blocks(seed, 0.2), on_end=on_end)
+    last = {index: number for number, block in enumerate(drawn, 1) for index in block}
+    assert told == {index: (last[index], tree) for index, tree in enumerate(grown)}
+
+
 def test_a_backend_must_draw_for_every_branch():
     class Forgetful(RandomBackend):
         def extend(self, *args):

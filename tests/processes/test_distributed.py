@@ -119,6 +119,8 @@ def scenarios_of(config: str, tool_model: str, script: dict[str, Any]) -> dict[s
         "lora": 'uneven={"lora": true}',
         "given-dapo": given("dapo"),
     }
+    if config in ("multi_cpu", "fsdp2_cpu"):
+        scenarios["overlapping"] = 'uneven={"overlap_rewards": true}'
     credit = []
     if config == "multi_cpu":
         scenarios |= {f"given-{loss_type}": given(loss_type) for loss_type in LOSS_TYPES[1:]}
@@ -179,6 +181,16 @@ def test_processes_with_unequal_trees_train_one_model(runs):
             assert torch.equal(parameter, other[name]), f"{name} differs between the processes"
             assert torch.isfinite(parameter).all()
         assert first["moved"] == first["trainable"]
+
+
+def test_rewards_that_overlap_with_sampling_change_nothing(runs):
+    """Each process has a thread of its own, while processes call a sharded model together."""
+    runs = runs[1]
+    if "overlapping" in runs:
+        for seen, plain in zip(runs["overlapping"].seen, runs["full"].seen, strict=True):
+            assert seen["record"] == plain["record"] and seen["moved"] == plain["moved"]
+        for parameters, others in zip(runs["overlapping"].parameters, runs["full"].parameters, strict=True):
+            assert all(torch.equal(parameter, others[name]) for name, parameter in parameters.items())
 
 
 def test_the_scenario_is_what_it_says(runs):

@@ -12,7 +12,7 @@ from trl.data_utils import is_conversational
 from trl.import_utils import is_vllm_available
 
 from .generation_options import check_generation_kwargs
-from .reward_functions import check_reward_columns, check_reward_funcs
+from .reward_functions import check_overlap, check_reward_columns, check_reward_funcs
 
 
 IMAGE_COLUMNS = ("image", "images")
@@ -29,7 +29,7 @@ def check_arguments(
 
     Raises:
         TypeError: `args` is not a `config_class`, which is TreeRPOConfig.
-        ValueError: A rollout function or a multimodal processor is given, or the split rule does not fit the tools.
+        ValueError: A rollout function or a multimodal processor is given, or an option does not fit the tools.
         ImportError: vLLM is to sample, but is not installed.
     """
     if not isinstance(args, config_class):
@@ -44,6 +44,7 @@ def check_arguments(
             "trl.GRPOTrainer"
         )
     _check_turns(args, bool(tools or environment_factory), bool(environment_factory))
+    check_overlap(args, bool(tools or environment_factory))
     check_processing_class(processing_class)
     if args.use_vllm and not is_vllm_available():
         raise ImportError(

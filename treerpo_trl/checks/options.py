@@ -25,7 +25,7 @@ WHOLE_NUMBERS = {
     "log_trees_steps": True,
     "num_trees_to_print": False,
 }
-FLAGS = ("log_trees",)
+FLAGS = ("log_trees", "overlap_rewards")
 # What TRL takes but trees refuse: no misspelling.
 REFUSED_CHOICES = frozenset(
     {

@@ -53,6 +53,19 @@ def check_reward_funcs(reward_funcs: Any) -> None:
             )
 
 
+def check_overlap(args: Any, has_tools: bool) -> None:
+    """Refuse to call reward functions while trees call tools.
+
+    Raises:
+        ValueError: Both are asked for.
+    """
+    if args.overlap_rewards and has_tools:
+        raise ValueError(
+            "overlap_rewards=True does not work with tools or environment_factory: reward functions would run while "
+            "the branches of other trees call their tools. Remove the option"
+        )
+
+
 def check_reward_columns(
     reward_funcs: Any, dataset: str, columns: Sequence[str], has_environments: bool = False
 ) -> None:

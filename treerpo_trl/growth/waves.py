@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
@@ -131,7 +131,11 @@ class Responder(Protocol):
 
 
 def grow(
-    prompts: Sequence[Sequence[int]], shape: Shape, backend: Backend, responder: Responder | None = None
+    prompts: Sequence[Sequence[int]],
+    shape: Shape,
+    backend: Backend,
+    responder: Responder | None = None,
+    on_end: Callable[[Sequence[Tree], Sequence[int]], None] | None = None,
 ) -> list[Tree]:
     """Grow one tree per prompt.
 
@@ -143,6 +147,8 @@ def grow(
         shape: When to branch.
         backend: What draws the segments.
         responder: Who answers to segments; those that have an answer go on.
+        on_end: Called with all trees and the indices of some, as soon as these will not grow any more: once for each
+            tree, before the next block is drawn.
 
     Returns:
         One tree per prompt, in order. Nodes are in the order in which they were drawn, siblings together.
@@ -151,6 +157,7 @@ def grow(
     drawn: list[Place] = [(index, ROOT) for index in range(len(trees))]
     waiting: list[tuple[int, Wave]] = []  # blocks and the indices of their waves, the next one last
     next_wave = 0  # of what was drawn
+    growing = set(range(len(trees)))
     while True:
         if drawn and next_wave < shape.num_waves:
             trees, wave = shape.plan(trees, next_wave, drawn)
@@ -158,6 +165,9 @@ def grow(
             backend.release([node for node in drawn if node not in going_on])
             blocks = in_blocks(wave, backend.block_rows, shape.plans_whole_trees)
             waiting += [(next_wave, block) for block in reversed(blocks)]
+        if on_end is not None and (ended := growing - {tree for _, block in waiting for tree, _ in block.branches}):
+            growing -= ended
+            on_end(trees, sorted(ended))
         if not backend.goes_on(bool(waiting)):
             return trees
         if waiting:

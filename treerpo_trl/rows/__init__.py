@@ -1,5 +1,6 @@
-"""Trees as the rows of TRL's batch: what each row holds and owns (`slots`), and its rewards (`scoring`)."""
+"""Trees as the rows of TRL's batch: what each row holds and owns (`slots`), and its rewards (`scoring`, `overlap`)."""
 
+from .overlap import RewardOverlap
 from .scoring import DistinctRows, RowRewards, check_rewards, score_once
 from .slots import (
     LOSS_WEIGHTINGS,
@@ -23,6 +24,7 @@ __all__ = [
     "LOSS_WEIGHTINGS",
     "NO_NODE",
     "DistinctRows",
+    "RewardOverlap",
     "RowLayout",
     "RowRewards",
     "check_rewards",

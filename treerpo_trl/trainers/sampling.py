@@ -14,7 +14,7 @@ from trl.models import unwrap_model_for_generation
 from ..checks.arguments import check_prompt_lengths
 from ..checks.generation_options import options_on_trees
 from ..credit import ESTIMATORS
-from ..growth import Dialogues, Shape, grow, statistics_of
+from ..growth import Backend, Shape, grow, statistics_of
 from ..growth.backends import TransformersBackend, VLLMBackend
 from ..growth.tool_use import ToolUse
 from ..running.timing import timed
@@ -37,6 +37,7 @@ class TreeSamplingTrainer(ResumableGRPOTrainer):
     _max_prompt_length: int | None
     _must_sync_generation: bool
     _last_loaded_step: int
+    _overlap: Any = None  # what is told of trees that have ended, while others grow
 
     @timed("sampling")
     def _generate_single_turn(
@@ -95,7 +96,7 @@ class TreeSamplingTrainer(ResumableGRPOTrainer):
                 synced_gpus=self._must_sync_generation,
                 statistics=statistics_of(self.args, ESTIMATORS[self.args.advantage_estimator].of_forest is not None),
             )
-            trees = grow(prompts, self.tree_shape, backend, self._start_dialogues(len(prompts)))
+            trees = self._grow_on(backend, prompts)
             self._can_fork_caches = backend.fork_caches
         return trees
 
@@ -112,11 +113,13 @@ class TreeSamplingTrainer(ResumableGRPOTrainer):
             context_length=self._engine_context,
         )
         with backend.awake():
-            return grow(prompts, self.tree_shape, backend, self._start_dialogues(len(prompts)))
+            return self._grow_on(backend, prompts)
 
-    def _start_dialogues(self, num_trees: int) -> Dialogues | None:
-        """What answers to the turns of trees that are to be grown, if there are tools."""
-        return self._tool_use.start(num_trees) if self._tool_use is not None and self._tool_use.has_tools else None
+    def _grow_on(self, backend: Backend, prompts: list[list[int]]) -> list[Tree]:
+        has_tools = self._tool_use is not None and self._tool_use.has_tools
+        dialogues = self._tool_use.start(len(prompts)) if self._tool_use is not None and has_tools else None
+        on_end = None if self._overlap is None else self._overlap.add
+        return grow(prompts, self.tree_shape, backend, dialogues, on_end)
 
     @contextmanager
     def _generating(self) -> Iterator[PreTrainedModel]:
