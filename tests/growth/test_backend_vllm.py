@@ -447,7 +447,8 @@ def test_a_training_step(trainer):
     [
         {"split_rule": "uncertainty", "num_trunks": 2, "forks_per_trunk": 3, "max_completion_length": 12},
         {"split_rule": "delimiter", "branching_factor": [2, 2, 2], "segment_length": 4, "min_segment_length": 2,
-         "max_completion_length": 12, "step_delimiters": ["\n", "1", "7", "b"]},
+         "max_completion_length": 12, "overlap_rewards": True,
+         "step_delimiters": ["\n", "1", "7", "b"]},
     ],
     ids=SHAPE_NAMES[:0:-1],
 )  # fmt: skip
