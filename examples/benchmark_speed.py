@@ -110,6 +110,7 @@ def make_trainers(args: argparse.Namespace, branching: list[int], output_dir: st
         "per_device_train_batch_size": leaves * args.num_prompts,
         "generation_kwargs": ends,
         "bf16": args.bf16,
+        "use_cpu": not torch.cuda.is_available(),  # what transformers wants to be told, for bf16
         "gradient_checkpointing": False,
         "report_to": "none",
         "disable_tqdm": True,
@@ -136,6 +137,7 @@ def make_trainers(args: argparse.Namespace, branching: list[int], output_dir: st
     for trainer in trainers:
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer()
+        trainer.model = trainer.accelerator.prepare_model(trainer.model)  # which computes in bf16, if that is asked for
         trainer.model.train()
     return trainers
 

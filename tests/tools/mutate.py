@@ -104,7 +104,7 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         ],
         "any number far below a variance and far above rounding does": [
             "module: FLAT = 1e-10  ->  FLAT = 2e-10",
-            "module: ROUNDING = 1e-7  ->  ROUNDING = 2e-07",
+            "module: ROUNDING = 1e-07  ->  ROUNDING = 2e-07",
         ],
     },
     "rows.slots": {
