@@ -137,7 +137,7 @@ def make_trainers(args: argparse.Namespace, branching: list[int], output_dir: st
     for trainer in trainers:
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer()
-        trainer.model = trainer.accelerator.prepare_model(trainer.model)  # which computes in bf16, if that is asked for
+        trainer.model = trainer.accelerator.prepare_model(trainer.model)  # which has it compute in bf16 if asked to
         trainer.model.train()
     return trainers
 
