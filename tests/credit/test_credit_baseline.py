@@ -190,15 +190,16 @@ def test_rewards_far_from_zero_lose_nothing(zero):
         assert shifted - zero == pytest.approx(found, abs=1e-10)
 
 
-def test_a_feature_that_does_not_vary_has_no_slope():
-    """Siblings that are all .7 but for rounding tell nothing, and do not spoil what others tell."""
+@pytest.mark.parametrize(("zero", "noise"), [(0.7, 1e-16), (1000.0, 1e-5)])
+def test_a_feature_that_does_not_vary_has_no_slope(zero, noise):
+    """Siblings that are all the same but for rounding tell nothing, and do not spoil what others tell."""
     draw = np.random.default_rng(0)
-    tree_M, x_M = np.repeat(np.arange(5), 4), draw.uniform(size=20)
-    value_M = 0.5 * x_M + 0.1 * draw.uniform(size=20)
-    constant_M = 0.7 + 1e-16 * draw.integers(-1, 2, size=20)
-    alone = fit_baselines(tree_M, value_M, np.ones(20), np.stack([np.ones(20), x_M], 1), 5)
-    both = fit_baselines(tree_M, value_M, np.ones(20), np.stack([np.ones(20), constant_M, x_M], 1), 5)
-    assert both == pytest.approx(alone)
+    tree_M, x_M = np.repeat(np.arange(5), 4), zero + draw.uniform(size=20)
+    value_M, weight_M = zero + 0.5 * (x_M - zero) + 0.1 * draw.uniform(size=20), np.full(20, 100.0)
+    constant_M = zero + noise * draw.integers(-1, 2, size=20)
+    alone = fit_baselines(tree_M, value_M, weight_M, np.stack([np.ones(20), x_M], 1), 5)
+    both = fit_baselines(tree_M, value_M, weight_M, np.stack([np.ones(20), constant_M, x_M], 1), 5)
+    assert both - zero == pytest.approx(alone - zero, rel=1e-4)
     assert np.abs(both - value_M).mean() < 0.05 < np.abs(value_M - value_M.mean()).mean()
 
 
