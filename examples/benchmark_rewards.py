@@ -5,10 +5,12 @@
 # ///
 """Benchmark: steps whose rewards are computed while trees are sampled (`overlap_rewards`), against those in turn.
 
-    python examples/benchmark_rewards.py --num_prompts 8 --max_frontier_rows 8 --shares 0 0.5 1
+    python examples/benchmark_rewards.py --num_prompts 8 --max_frontier_rows 16 --shares 0 0.5 1
 
-The reward function waits, as for a judge, or computes in Python, for a share of the time that sampling takes. Steps
-are timed interleaved in one process, on random models, on CUDA if there is one. The last line printed is JSON.
+The reward function waits, as for a judge, or computes in Python, for a share of the time that sampling takes. With the
+steps that overlap stand those in turn, in as many blocks, and those that sample all in one block, which are in turn in
+any case. Steps are timed interleaved in one process, on random models, on CUDA if there is one. The last line printed
+is JSON.
 """
 
 import argparse
@@ -44,7 +46,9 @@ class SlowReward:
         return parity_reward(completion_ids)
 
 
-def make_trainer(args: argparse.Namespace, reward: SlowReward, folder: str, overlap: bool) -> TreeRPOTrainer:
+def make_trainer(
+    args: argparse.Namespace, reward: SlowReward, folder: str, overlap: bool, max_frontier_rows: int
+) -> TreeRPOTrainer:
     """Ready for its steps, in which no completion ends early."""
     branching = [int(factor) for factor in args.shape.split("x")]
     config = TreeRPOConfig(
@@ -53,7 +57,7 @@ def make_trainer(args: argparse.Namespace, reward: SlowReward, folder: str, over
         max_depth=len(branching),
         segment_length=args.segment_length,
         per_device_train_batch_size=math.prod(branching) * args.num_prompts,
-        max_frontier_rows=args.max_frontier_rows,
+        max_frontier_rows=max_frontier_rows,
         overlap_rewards=overlap,
         generation_kwargs={"suppress_tokens": [EOS_TOKEN_ID]},
         bf16=False,
@@ -88,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--segment_length", type=int, default=24, help="tokens of a segment")
     parser.add_argument("--prompt_length", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("--num_prompts", type=int, default=8, help="prompts per batch")
-    parser.add_argument("--max_frontier_rows", type=int, default=8, help="branches that are decoded at a time")
+    parser.add_argument("--max_frontier_rows", type=int, default=16, help="branches that are decoded at a time")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="time of rewards / sampling")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats of each measurement")
     parser.add_argument("--hidden_size", type=int, default=128, help="width of the random Qwen2")
@@ -100,33 +104,28 @@ def main() -> None:
     """A line for each kind of reward and share."""
     args, reward, found = parse_arguments(), SlowReward(), []
     with tempfile.TemporaryDirectory() as folder:
-        trainers = [make_trainer(args, reward, folder, overlap) for overlap in (False, True)]
-        sampling = min(time_step(trainers[0], args)[1] for _ in range(3))
-        time_step(trainers[1], args)
-        num_rows = args.num_prompts * trainers[0].num_generations
+        num_rows = args.num_prompts * math.prod(map(int, args.shape.split("x")))
+        trainers = {
+            "overlapped": make_trainer(args, reward, folder, True, args.max_frontier_rows),
+            "in_turn": make_trainer(args, reward, folder, False, args.max_frontier_rows),
+            "one_block": make_trainer(args, reward, folder, False, num_rows),
+        }
+        sampling = {way: min(time_step(trainer, args)[1] for _ in range(3)) for way, trainer in trainers.items()}
         for kind in ("waits", "computes"):
             for share in args.shares:
-                reward.seconds, reward.is_busy = share * sampling / num_rows, kind == "computes"
-                pairs = []
+                reward.seconds, reward.is_busy = share * sampling["in_turn"] / num_rows, kind == "computes"
+                steps: dict[str, list[float]] = {way: [] for way in trainers}
                 for repeat in range(args.repeats):
-                    order = (0, 1) if repeat % 2 else (1, 0)
-                    steps = {which: time_step(trainers[which], args)[0] for which in order}
-                    pairs.append((steps[0], steps[1]))
-                ratios = sorted(overlapped / plain for plain, overlapped in pairs)
-                plain, overlapped = (statistics.median(steps) for steps in zip(*pairs, strict=True))
-                result = {
-                    "kind": kind,
-                    "share": share,
-                    "in_turn": plain,
-                    "overlapped": overlapped,
-                    "sampling": sampling,
-                }
-                found.append({**result, "ratio": statistics.median(ratios), "range": [ratios[0], ratios[-1]]})
-                print(
-                    f"{kind} for {share:g} of sampling ({sampling:.2f} s): in turn {plain:.2f} s, overlapped "
-                    f"{overlapped:.2f} s, ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})",
-                    flush=True,
-                )
+                    for way in list(trainers)[:: 1 if repeat % 2 else -1]:
+                        steps[way].append(time_step(trainers[way], args)[0])
+                result: dict[str, Any] = {"kind": kind, "share": share, "sampling": sampling}
+                print(f"{kind} for {share:g} of sampling ({sampling['in_turn']:.2f} s): overlapped by", end="")
+                for way in ("in_turn", "one_block"):
+                    ratios = sorted(one / other for one, other in zip(steps["overlapped"], steps[way], strict=True))
+                    result[way] = {"ratio": statistics.median(ratios), "range": [ratios[0], ratios[-1]]}
+                    print(f" {way} {statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})", end="")
+                found.append({**result, "seconds": {way: statistics.median(each) for way, each in steps.items()}})
+                print(flush=True)
     print(json.dumps(found))
 
 

@@ -183,12 +183,21 @@ def test_prefix_sharing_is_read_from_python_and_the_command_line(given, resolved
     assert make(prefix_sharing=given).prefix_sharing == resolved
 
 
-def test_the_fix_of_a_batch_that_does_not_fit_works():
-    options = {"branching_factor": [3, 4], "per_device_train_batch_size": 8, "steps_per_generation": 5}
-    with pytest.raises(ValueError, match="Use steps_per_generation=6, or per_device_train_batch_size=12"):
+@pytest.mark.parametrize(
+    ("estimator", "rows", "fix"), [("treerpo", 8, 12), ("optimal_baseline", 8, 24), ("treerpo", 40, 48)]
+)
+def test_the_fix_of_a_batch_that_does_not_fit_works(estimator, rows, fix):
+    """One tree is a batch, but not for an estimator that compares trees."""
+    options = {
+        "branching_factor": [3, 4],
+        "per_device_train_batch_size": rows,
+        "steps_per_generation": 5,
+        "advantage_estimator": estimator,
+    }
+    with pytest.raises(ValueError, match=f"Use steps_per_generation=6, or per_device_train_batch_size={fix}$"):
         make(**options)
     make(**{**options, "steps_per_generation": 6})
-    make(**{**options, "per_device_train_batch_size": 12})
+    make(**{**options, "per_device_train_batch_size": fix, "steps_per_generation": 1})
 
 
 def test_the_command_line(tmp_path):

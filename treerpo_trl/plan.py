@@ -163,6 +163,10 @@ def make_shape(args: argparse.Namespace) -> ForkShape | TreeShape:
         if option.default is not MISSING or option.default_factory is not MISSING
     }
     forks = [name for name in given if name in TREE_OPTIONS[4:]]
+    if args.split_rule == "uncertainty":
+        forks.insert(0, "split_rule='uncertainty'")
+    elif args.split_rule and forks:
+        raise ValueError(f"{forks[0]} is for responses that fork, so split_rule='{args.split_rule}' does not fit")
     if forks and (branching := [name for name in TREE_OPTIONS[:3] if name in given]):
         raise ValueError(f"{branching[0]} is for trees, and {forks[0]} for responses that fork; give one of them")
     config = SimpleNamespace(**{**defaults, "split_rule": "uncertainty" if forks else "length", **given})
@@ -225,6 +229,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Print what a step with trees costs, beside GRPO's with as many completions of the same length.",
     )
     own = {field.name: field.metadata["help"] for field in fields(TreeRPOConfig) if field.name in TREE_OPTIONS}
+    parser.add_argument(
+        "--split_rule", choices=("length", "uncertainty"), help="where trees branch; follows from what else is given"
+    )
     for name in TREE_OPTIONS:
         parser.add_argument(f"--{name}", type=int, nargs="+" if name == "branching_factor" else None, help=own[name])
     parser.add_argument(
@@ -256,8 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 NOTE = (
     "For responses of full length. Arithmetic is what a step takes where the device is busy; where it waits for each "
-    "token, as with few rows on a GPU, sampling takes as long as GRPO's. Activations, logits and the framework are "
-    "not counted."
+    "token, as with few rows on a GPU, sampling takes as long as GRPO's, and that of responses that fork twice as "
+    "long. Activations, logits and the framework are not counted."
 )
 
 

@@ -45,7 +45,7 @@ def test_rewards(monkeypatch, capsys):
     assert [(one["kind"], one["share"]) for one in found] == [
         ("waits", 0.0), ("waits", 4.0), ("computes", 0.0), ("computes", 4.0),
     ]  # fmt: skip
-    assert all(one["in_turn"] > 4 * one["sampling"] for one in found if one["share"])
+    assert all(one["seconds"]["in_turn"] > 4 * one["sampling"]["in_turn"] for one in found if one["share"])
 
 
 def test_the_bound_of_caches():

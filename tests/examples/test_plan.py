@@ -72,6 +72,7 @@ def test_memory_of_the_engines():
         {"branching_factor": [2], "max_depth": 1},
         {"branching_factor": [4, 4, 4], "segment_length": 24},
         {"max_completion_length": 100},
+        {"split_rule": "uncertainty", "max_completion_length": 60},
         {"num_trunks": 6, "forks_per_trunk": 2, "continuations_per_fork": 2, "max_completion_length": 99},
     ],
 )
@@ -102,6 +103,8 @@ def test_the_table(capsys):
         (["--branching_factor", "2", "0"], "branching_factor [2, 0] has a number below 1"),
         (["--segment_length", "0"], "segment_length is 0; give 1 or more"),
         (["--branching_factor", "2", "--num_trunks", "2"], "give one"),
+        (["--branching_factor", "2", "--split_rule", "uncertainty"], "give one"),
+        (["--split_rule", "length", "--num_trunks", "2"], "split_rule='length' does not fit"),
         (["--segment_length", "4", "--max_completion_length", "100"], "max_completion_length"),
         (["--model", str(EXAMPLES / "nope")], "there is no folder"),
         (["--model", "/no/such/folder"], "/no/such/folder"),

@@ -3,7 +3,9 @@
 import _thread
 import threading
 import traceback
+import warnings
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification
 from trl.chat_template_utils import add_response_schema
 
 from treerpo_trl import TreeRPOTrainer
+from treerpo_trl.checks.reward_functions import check_overlap
 from treerpo_trl.growth.backends import TransformersBackend
 from treerpo_trl.rows import RewardOverlap
 
@@ -312,3 +315,22 @@ def test_rewards_do_not_overlap_with_tools(start, dataset):
     args = start(spread_reward, overlap_rewards=True).args
     with pytest.raises(ValueError, match="overlap_rewards=True does not work with tools or environment_factory"):
         TreeRPOTrainer(model, spread_reward, args, chat(dataset), processing_class=tokenizer, tools=[look_up])
+
+
+@pytest.mark.parametrize(
+    ("options", "reward_funcs", "reason"),
+    [
+        ({"max_frontier_rows": 16}, spread_reward, "all 16 rows of a process fit into max_frontier_rows=16"),
+        ({"use_vllm": True}, [spread_reward], "with vLLM, all trees end together"),
+        ({}, [gentle, "reward-model"], "after sampling"),
+        ({}, [spread_reward, gentle], None),
+        ({"overlap_rewards": False, "use_vllm": True}, [spread_reward], None),
+    ],
+)
+def test_a_warning_says_where_nothing_can_overlap(options, reward_funcs, reason):
+    given = {"overlap_rewards": True, "use_vllm": False, "max_frontier_rows": 8, **options}
+    args = SimpleNamespace(**given, per_device_train_batch_size=8, steps_per_generation=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_overlap(args, False, reward_funcs)
+    assert [reason in str(each.message) for each in caught] == ([True] if reason else [])

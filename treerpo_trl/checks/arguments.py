@@ -29,7 +29,7 @@ def check_arguments(
 
     Raises:
         TypeError: `args` is not a `config_class`, which is TreeRPOConfig.
-        ValueError: A rollout function or a multimodal processor is given, or an option does not fit the tools.
+        ValueError: A rollout function or a multimodal processor is given, or the split rule does not fit the tools.
         ImportError: vLLM is to sample, but is not installed.
     """
     if not isinstance(args, config_class):
@@ -44,7 +44,6 @@ def check_arguments(
             "trl.GRPOTrainer"
         )
     _check_turns(args, bool(tools or environment_factory), bool(environment_factory))
-    check_overlap(args, bool(tools or environment_factory))
     check_processing_class(processing_class)
     if args.use_vllm and not is_vllm_available():
         raise ImportError(
@@ -147,6 +146,7 @@ def check_dataset(
         TypeError, ImportError: What is given is no reward function, or lacks its package.
     """
     check_reward_funcs(reward_funcs)
+    check_overlap(args, has_tools or has_environments, reward_funcs)
     if dataset is None and has_environments:
         return  # TRL says what this needs
     if dataset is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from trl.import_utils import is_math_verify_available
-from trl.trainer.utils import get_callable_name
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 
 # What TRL calls a reward function with, by keyword, besides the columns of the dataset.
@@ -53,17 +54,30 @@ def check_reward_funcs(reward_funcs: Any) -> None:
             )
 
 
-def check_overlap(args: Any, has_tools: bool) -> None:
-    """Refuse to call reward functions while trees call tools.
+def check_overlap(args: Any, has_tools: bool, reward_funcs: Any) -> None:
+    """Refuse to call reward functions while trees call tools, and warn where no call could overlap with sampling.
 
     Raises:
         ValueError: Both are asked for.
     """
-    if args.overlap_rewards and has_tools:
+    if not args.overlap_rewards:
+        return
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    if all(isinstance(each, str | nn.Module) or is_async_callable(each) for each in _as_list(reward_funcs)):
+        _warn_of_no_overlap("TRL calls async functions and reward models after sampling")
+    elif args.use_vllm:
+        _warn_of_no_overlap("with vLLM, all trees end together")
+    elif rows <= args.max_frontier_rows:
+        _warn_of_no_overlap(f"all {rows} rows of a process fit into max_frontier_rows={args.max_frontier_rows}")
+    if has_tools:
         raise ValueError(
             "overlap_rewards=True does not work with tools or environment_factory: reward functions would run while "
             "the branches of other trees call their tools. Remove the option"
         )
+
+
+def _warn_of_no_overlap(reason: str) -> None:
+    warnings.warn(f"overlap_rewards=True saves no time here: {reason}. Leave it out", stacklevel=4)
 
 
 def check_reward_columns(

@@ -169,6 +169,7 @@ def check_trees_fit(config: Any, steps_per_generation: int) -> None:
                 "compares siblings"
             )
         return
+    trees = max(math.ceil(batch / leaves), 1 if ESTIMATORS[config.advantage_estimator].of_forest is None else 2)
     fitting = math.lcm(batch, leaves) // batch
     fix = f"steps_per_generation={math.ceil(steps_per_generation / fitting) * fitting}"
     if config.steps_per_generation is None or config.steps_per_generation == config.gradient_accumulation_steps:
@@ -177,7 +178,7 @@ def check_trees_fit(config: Any, steps_per_generation: int) -> None:
         f"per_device_train_batch_size ({batch}) x steps_per_generation ({steps_per_generation}) = "
         f"{batch * steps_per_generation} rows a process is not a multiple of num_generations ({leaves}, the "
         f"leaves of a tree), but a whole tree lives on one process. Use {fix}, or "
-        f"per_device_train_batch_size={leaves}"
+        f"per_device_train_batch_size={trees * leaves}"
     )
 
 
