@@ -55,7 +55,7 @@ def check_reward_funcs(reward_funcs: Any) -> None:
 
 
 def check_overlap(args: Any, has_tools: bool, reward_funcs: Any) -> None:
-    """Refuse to call reward functions while trees call tools, and warn where no call could overlap with sampling.
+    """Refuse to call reward functions while trees call tools, and warn where no call would overlap with sampling.
 
     Raises:
         ValueError: Both are asked for.
@@ -77,7 +77,7 @@ def check_overlap(args: Any, has_tools: bool, reward_funcs: Any) -> None:
 
 
 def _warn_of_no_overlap(reason: str) -> None:
-    warnings.warn(f"overlap_rewards=True saves no time here: {reason}. Leave it out", stacklevel=4)
+    warnings.warn(f"overlap_rewards=True hardly saves time here: {reason}. Leave it out", stacklevel=4)
 
 
 def check_reward_columns(
