@@ -7,8 +7,8 @@
 
     make gpu-check
 
-Random weights of Qwen2.5's sizes, so nothing is downloaded. It writes `gpu-check.json` and prints a table of it. With
-less than 40 GB of memory take `--sizes 0.5B --rows 16`. On a CPU it runs with `--sizes tiny`.
+Random weights of Qwen2.5's sizes, so nothing is downloaded. It writes `gpu-check.json` and prints a table of it. On a
+GPU of little memory, try `--sizes 0.5B --rows 16`. On a CPU it runs with `--sizes tiny`.
 
 - exact: log-probabilities and gradients of shared prefixes against dense rows, in float32 and in bf16, beside the
   distance of bf16 itself from float32; and whether the same step twice gives the same bits.

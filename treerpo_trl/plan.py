@@ -166,7 +166,7 @@ def make_shape(args: argparse.Namespace) -> ForkShape | TreeShape:
     if args.split_rule == "uncertainty":
         forks.insert(0, "split_rule='uncertainty'")
     elif args.split_rule and forks:
-        raise ValueError(f"{forks[0]} is for responses that fork, so split_rule='{args.split_rule}' does not fit")
+        raise ValueError(f"{forks[0]} is for responses that fork; leave it out, or split_rule='{args.split_rule}'")
     if forks and (branching := [name for name in TREE_OPTIONS[:3] if name in given]):
         raise ValueError(f"{branching[0]} is for trees, and {forks[0]} for responses that fork; give one of them")
     config = SimpleNamespace(**{**defaults, "split_rule": "uncertainty" if forks else "length", **given})

@@ -104,7 +104,7 @@ def test_the_table(capsys):
         (["--segment_length", "0"], "segment_length is 0; give 1 or more"),
         (["--branching_factor", "2", "--num_trunks", "2"], "give one"),
         (["--branching_factor", "2", "--split_rule", "uncertainty"], "give one"),
-        (["--split_rule", "length", "--num_trunks", "2"], "split_rule='length' does not fit"),
+        (["--split_rule", "length", "--num_trunks", "2"], "leave it out, or split_rule='length'"),
         (["--segment_length", "4", "--max_completion_length", "100"], "max_completion_length"),
         (["--model", str(EXAMPLES / "nope")], "there is no folder"),
         (["--model", "/no/such/folder"], "/no/such/folder"),

@@ -62,6 +62,11 @@ def check_overlap(args: Any, has_tools: bool, reward_funcs: Any) -> None:
     """
     if not args.overlap_rewards:
         return
+    if has_tools:
+        raise ValueError(
+            "overlap_rewards=True does not work with tools or environment_factory: reward functions would run while "
+            "the branches of other trees call their tools. Remove the option"
+        )
     rows = args.per_device_train_batch_size * args.steps_per_generation
     if all(isinstance(each, str | nn.Module) or is_async_callable(each) for each in _as_list(reward_funcs)):
         _warn_of_no_overlap("TRL calls async functions and reward models after sampling")
@@ -69,15 +74,10 @@ def check_overlap(args: Any, has_tools: bool, reward_funcs: Any) -> None:
         _warn_of_no_overlap("with vLLM, all trees end together")
     elif rows <= args.max_frontier_rows:
         _warn_of_no_overlap(f"all {rows} rows of a process fit into max_frontier_rows={args.max_frontier_rows}")
-    if has_tools:
-        raise ValueError(
-            "overlap_rewards=True does not work with tools or environment_factory: reward functions would run while "
-            "the branches of other trees call their tools. Remove the option"
-        )
 
 
 def _warn_of_no_overlap(reason: str) -> None:
-    warnings.warn(f"overlap_rewards=True hardly saves time here: {reason}. Leave it out", stacklevel=4)
+    warnings.warn(f"overlap_rewards=True hardly saves time here: {reason}. Leave it out", stacklevel=5)
 
 
 def check_reward_columns(
