@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import release_memory
 from compare_plan import Run, expected_tokens, is_complete, read_records
 from compare_workload import Workload
+from large_vocabulary import speed_up_head
 from peft import LoraConfig
 from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -283,6 +284,7 @@ def execute(run: Run, folder: Path) -> Path:
         return path
     model, tokenizer = run.workload.load()
     model.to(PartialState().device)
+    speed_up_head(model)
     tokens_per_tree = measure_tree_tokens(run, model, tokenizer)
     # Twice the steps that the budget takes, in case responses become shorter; the recorder ends training.
     steps = MOST_STEPS if run.budget.kind == "seconds" else round(2 * run.budget.total / run.budget.per_step)

@@ -108,20 +108,22 @@ CREDIT = {
         budget=Budget("tokens", total=160_000, per_step=8000),
         workload={"temperature": 1.2, "num_test": 512},
     ),
-    # A pretrained model. It wants a GPU: on two cores a run of this size takes hours.
-    "sums": credit(
+    # A pretrained model, sized for a few hours on two cores that multiply bfloat16.
+    "sums": Comparison(
         "sums",
-        {"flat": [optimal(2)], "forks": [forks(1, 1)]},
-        learning_rates=(1e-4, 3e-4, 1e-3),
-        seeds=(0, 1, 2, 3),
-        budget=Budget("tokens", total=480_000, per_step=12_000),
+        families={"GRPO": GRPO[:1], "flat": [optimal(2)], "forks": [forks(1, 1)]},
+        learning_rates=(3e-4,),
+        seeds=(0, 1, 2),
+        budget=Budget("tokens", total=80_000, per_step=4000),
         workload={
-            "num_test": 1024,
-            "eval_batch_size": 1024,
-            "max_rows_per_micro_batch": 256,
+            "num_validation": 512,
+            "num_test": 512,
+            "eval_batch_size": 256,
+            "max_rows_per_micro_batch": 64,
             "lora_rank": 16,
             "dtype": "bfloat16",
         },
+        num_evaluations=2,
         final_samples=4,
     ),
 }
