@@ -83,4 +83,4 @@ def test_a_small_vocabulary_keeps_trls_tiles(model):
     model.config.vocab_size = 100
     before = chunked_logprob.TOKEN_CHUNK_SIZE
     large_vocabulary.speed_up_head(model)
-    assert chunked_logprob.TOKEN_CHUNK_SIZE == before and not model.get_output_embeddings()._forward_pre_hooks
+    assert before == chunked_logprob.TOKEN_CHUNK_SIZE and not model.get_output_embeddings()._forward_pre_hooks
