@@ -43,6 +43,7 @@ class Comparison:
         task: Name in `TASKS`.
         families: What each method is chosen from; the family `GRPO` is what the others are compared with.
         learning_rates: And each learning rate; with one method and one rate there is nothing to choose.
+        own_rates: Learning rates of families for which nothing is chosen and which take another.
         tuning_seeds: Seeds of the choice.
         seeds: Seeds of the result.
         workload: Of [`Workload`], such as the temperature of the policy and the number of test problems.
@@ -53,6 +54,7 @@ class Comparison:
     task: str
     families: dict[str, list[Method]]
     learning_rates: tuple[float, ...] = (RATE,)
+    own_rates: dict[str, float] = field(default_factory=dict)
     tuning_seeds: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     budget: Budget = field(default_factory=lambda: Budget("tokens", total=160_000, per_step=4000))
@@ -113,6 +115,7 @@ CREDIT = {
         "sums",
         families={"GRPO": GRPO[:1], "flat": [optimal(2)], "forks": [forks(1, 1)]},
         learning_rates=(3e-4,),
+        own_rates={"GRPO": 1e-4},  # better on validation problems after half of the budget
         seeds=(0, 1, 2),
         budget=Budget("tokens", total=80_000, per_step=4000),
         workload={

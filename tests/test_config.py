@@ -134,7 +134,7 @@ def test_a_threshold_that_no_group_exceeds_is_refused(threshold):
 
 
 def test_a_threshold_that_is_no_number_is_refused():
-    with pytest.raises(TypeError, match=r"prune_threshold is '0\.1', a str; use prune_threshold=0\.1"):
+    with pytest.raises(TypeError, match=r"prune_threshold is '0\.1', of type str; use prune_threshold=0\.1"):
         make(prune_threshold="0.1")
     with pytest.raises(ValueError, match="prune_threshold is nan"):
         make(prune_threshold=float("nan"))

@@ -48,7 +48,7 @@ def test_whole_numbers_of_any_type_are_taken_as_ints(name):
     ids=["text", "float", "numpy float", "fraction", "nan", "word", "flag", "numpy flag", "list"],
 )  # fmt: skip
 def test_what_is_no_whole_number_is_refused_with_the_one_that_is_meant(name, value, fix):
-    with pytest.raises(TypeError, match=rf"{name} is .*, a \w+; use {fix.format(name)}$"):
+    with pytest.raises(TypeError, match=rf"{name} is .*, of type \w+; use {fix.format(name)}$"):
         make(**{**FITTING, name: value})
 
 
@@ -79,23 +79,23 @@ def test_thresholds(value):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"prune_threshold": "0.1"}, TypeError, "prune_threshold is '0.1', a str; use prune_threshold=0.1"),
-        ({"prune_threshold": "none"}, TypeError, "prune_threshold is 'none', a str; use a number"),
-        ({"prune_threshold": True}, TypeError, "prune_threshold is True, a bool; use a number"),
+        ({"prune_threshold": "0.1"}, TypeError, "prune_threshold is '0.1', of type str; use prune_threshold=0.1"),
+        ({"prune_threshold": "none"}, TypeError, "prune_threshold is 'none', of type str; use a number"),
+        ({"prune_threshold": True}, TypeError, "prune_threshold is True, of type bool; use a number"),
         ({"prune_threshold": math.nan}, ValueError, "prune_threshold is nan; use a number"),
         ({"prune_threshold": math.inf}, ValueError, "prune_threshold is inf, .*nothing would be trained"),
-        ({"log_trees": "false"}, TypeError, "log_trees is 'false', a str; use log_trees=True or log_trees=False"),
-        ({"log_trees": 1}, TypeError, "log_trees is 1, a int; use"),
+        ({"log_trees": "false"}, TypeError, "log_trees is 'false', of type str; use log_trees=True"),
+        ({"log_trees": 1}, TypeError, "log_trees is 1, of type int; use"),
         ({"temperature": 0}, ValueError, "temperature is 0, but siblings have to differ.* use temperature=1.0"),
         ({"temperature": -0.5}, ValueError, "temperature is -0.5"),
         ({"temperature": math.nan}, ValueError, "temperature is nan"),
         ({"temperature": math.inf}, ValueError, "temperature is inf"),
-        ({"temperature": "0.6"}, TypeError, "temperature is '0.6', a str; use temperature=0.6"),
-        ({"temperature": None}, TypeError, "temperature is None, a NoneType; use a number"),
+        ({"temperature": "0.6"}, TypeError, "temperature is '0.6', of type str; use temperature=0.6"),
+        ({"temperature": None}, TypeError, "temperature is None, of type NoneType; use a number"),
         ({"top_p": 0}, ValueError, r"top_p is 0; use a share of probability in \(0, 1\]"),
         ({"top_p": 95}, ValueError, "top_p is 95"),
         ({"top_k": -1}, ValueError, "top_k is -1; use a number of tokens, or 0"),
-        ({"top_k": 2.0}, TypeError, "top_k is 2.0, a float; use top_k=2"),
+        ({"top_k": 2.0}, TypeError, "top_k is 2.0, of type float; use top_k=2"),
         ({"min_p": 1.5}, ValueError, "min_p is 1.5"),
         ({"repetition_penalty": 0}, ValueError, "repetition_penalty is 0"),
         ({"advantage_estimator": "treerpo2"}, ValueError, "'treerpo2' is not one of .*; did you mean 'treerpo'"),

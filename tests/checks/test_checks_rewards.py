@@ -207,10 +207,10 @@ def test_a_column_with_the_name_of_an_argument_is_refused(model, make_args, data
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((coin_reward, bare), "reward_funcs is a tuple; give one reward function, or a list of them"),
-        ({"coin": coin_reward}, "reward_funcs is a dict; give"),
-        ([0.5], "the reward function 0.5 is a float, which cannot be called"),
-        ([coin_reward, [coin_reward]], "is a list, which cannot be called"),
+        ((coin_reward, bare), "reward_funcs is of type tuple; give one reward function, or a list of them"),
+        ({"coin": coin_reward}, "reward_funcs is of type dict; give"),
+        ([0.5], "the reward function 0.5 is of type float, which cannot be called"),
+        ([coin_reward, [coin_reward]], "is of type list, which cannot be called"),
         (Open, r"the reward function Open is a class, so a call would make one; give Open\(...\)"),
     ],
 )

@@ -61,8 +61,8 @@ REFUSED = [
 FROM_PYTHON = [
     ({**DELIMITED, "step_delimiters": None}, TypeError, "step_delimiters is None; give a list of texts"),
     ({**DELIMITED, "step_delimiters": [1]}, TypeError, r"step_delimiters is \[1\]; give a list of texts"),
-    ({**FORKS, "num_trunks": 2.0}, TypeError, "num_trunks is 2.0, a float; use num_trunks=2"),
-    ({**FORKS, "fork_rounds": True}, TypeError, "fork_rounds is True, a bool; use a whole number"),
+    ({**FORKS, "num_trunks": 2.0}, TypeError, "num_trunks is 2.0, of type float; use num_trunks=2"),
+    ({**FORKS, "fork_rounds": True}, TypeError, "fork_rounds is True, of type bool; use a whole number"),
     ({**FORKS, "min_segment_length": None}, TypeError, "min_segment_length is None"),
     ({**FORKS, "branching_factor": np.array([4, 2])}, ValueError, r"is \[4, 2\], which has no effect"),
     (

@@ -61,7 +61,7 @@ def test_zero_leaves_out_nothing(model_path, make_args, dataset):
         ({"min_advantage": -0.1}, ValueError, "min_advantage is -0.1; use 0 to train every token"),
         ({"min_advantage": float("nan")}, ValueError, "min_advantage is nan"),
         ({"min_advantage": float("inf")}, ValueError, "min_advantage is inf"),
-        ({"min_advantage": "0.3"}, TypeError, "min_advantage is '0.3', a str; use min_advantage=0.3"),
+        ({"min_advantage": "0.3"}, TypeError, "min_advantage is '0.3', of type str; use min_advantage=0.3"),
         ({"min_advantage": 0.3, "loss_type": "bnpo"}, ValueError, "does not work with loss_type='bnpo'"),
     ],
 )

@@ -224,7 +224,7 @@ def test_an_exception_is_raised_as_it_would_have_been(start, position):
     ("answer", "error", "message"),
     [
         (lambda rewards: rewards[1:], ValueError, r"'reward' returned \d+ rewards, but \d+ were expected"),
-        (lambda rewards: None, TypeError, "'reward' returned a NoneType; return a list"),
+        (lambda rewards: None, TypeError, "'reward' returned an object of type NoneType; return a list"),
         (lambda rewards: ["good"] * len(rewards), TypeError, "'reward' returned 'good' for completion 0"),
     ],
 )

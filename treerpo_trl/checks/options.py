@@ -76,7 +76,7 @@ def whole_number(name: str, value: Any) -> int:
         pass
     number = _read_number(value)
     meant = f"{name}={int(number)}" if number is not None and number.is_integer() else "a whole number"
-    raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; use {meant}") from None
+    raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; use {meant}") from None
 
 
 def real_number(name: str, value: Any) -> float:
@@ -89,7 +89,7 @@ def real_number(name: str, value: Any) -> float:
     if not isinstance(value, Real) or _is_flag(value):
         number = _read_number(value)
         meant = "a number" if number is None else f"{name}={number:g}"
-        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; use {meant}")
+        raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; use {meant}")
     if math.isnan(value):
         raise ValueError(f"{name} is {value}; use a number")
     return float(value)
@@ -142,7 +142,7 @@ def _check_tree_log(config: Any) -> None:
 
 def _flag(name: str, value: Any) -> bool:
     if not _is_flag(value):
-        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; use {name}=True or {name}=False")
+        raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; use {name}=True or {name}=False")
     return bool(value)
 
 

@@ -33,15 +33,15 @@ def check_reward_funcs(reward_funcs: Any) -> None:
     """
     if isinstance(reward_funcs, tuple | set | Mapping):
         raise TypeError(
-            f"reward_funcs is a {type(reward_funcs).__name__}; give one reward function, or a list of them"
+            f"reward_funcs is of type {type(reward_funcs).__name__}; give one reward function, or a list of them"
         )
     for reward_func in _as_list(reward_funcs):
         if isinstance(reward_func, str | nn.Module):
             continue  # TRL loads it
         if not callable(reward_func):
             raise TypeError(
-                f"the reward function {repr(reward_func)[:80]} is a {type(reward_func).__name__}, which cannot be "
-                "called; give a function, a reward model or the path of one"
+                f"the reward function {repr(reward_func)[:80]} is of type {type(reward_func).__name__}, which cannot "
+                "be called; give a function, a reward model or the path of one"
             )
         if isinstance(reward_func, type) and "__call__" in vars(reward_func):
             name = reward_func.__name__

@@ -176,8 +176,8 @@ def _checked(name: str, rewards: Any, rows: DistinctRows) -> list[float | None]:
         rewards = list(rewards)  # of a (B, 1) tensor, as in TRL, tensors of one number
     if isinstance(rewards, Tensor) or not isinstance(rewards, Iterable) or isinstance(rewards, str | Mapping | Set):
         raise TypeError(
-            f"The reward function '{name}' returned a {type(rewards).__name__}; return a list with one number, or "
-            "None to skip the completion, for each completion"
+            f"The reward function '{name}' returned an object of type {type(rewards).__name__}; return a list with "
+            "one number, or None to skip the completion, for each completion"
         )
     rewards = list(rewards)
     if len(rewards) != len(rows.first):
