@@ -28,7 +28,7 @@ from treerpo_trl.growth import TreeShape, grow
 from treerpo_trl.growth.backends import TransformersBackend
 
 
-CALIBRATION_PROMPTS = 512
+CALIBRATION_PROMPTS = 256
 MOST_STEPS = 10_000  # of a run whose budget is time
 
 
@@ -123,6 +123,7 @@ class Recorder(TrainerCallback):
         if is_final:
             record |= {
                 "final": True,
+                "num_samples": run.final_samples,
                 "pass_at_k": round(result.pass_at_k, 5),
                 "problem_scores": [None if score is None else round(score, 4) for score in result.problem_scores],
             }

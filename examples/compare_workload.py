@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 # Base models that are not trained from nothing: name -> what makes its folder.
-PRETRAINED: dict[str, Callable[[Path], None]] = {"smollm2_sums": make_smollm2}
+PRETRAINED: dict[str, Callable[[Path], None]] = {
+    "smollm2": partial(make_smollm2, num_steps=0),
+    "smollm2_sums": make_smollm2,
+}
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def write_comparison(name: str, found: Mapping[str, Found], results_dir: Path) -
 def plain(curve: Curve) -> dict[str, Any]:
     """A run's measurements as JSON."""
     columns = ("tokens", "seconds", "cpu_seconds", "pass_at_1", "mean_length")
-    kept = ("prompts", "mean_length_correct", "truncated", "pass_at_k")
+    kept = ("prompts", "mean_length_correct", "truncated", "num_samples", "pass_at_k")
     metrics = [{name: value for name, value in step.items() if is_diagnostic(name)} for step in curve.metrics]
     return {
         **{name: getattr(curve, name).tolist() for name in columns},
@@ -71,7 +71,7 @@ def comparison_report(found: Mapping[str, Found]) -> dict[str, Any]:
     for family, entry in found.items():
         numbers: dict[str, Any] = {"method": entry.method, "learning_rate": entry.learning_rate}
         numbers |= {"seeds": len(entry.curves), "entropy": end_entropy(entry.curves)}
-        for name in ("pass_at_1", "pass_at_k", "mean_length", "tokens", "prompts", "cpu_seconds"):
+        for name in ("pass_at_1", "num_samples", "pass_at_k", "mean_length", "tokens", "prompts", "cpu_seconds"):
             numbers[name] = float(finals(entry.curves, name).mean())
         if family != "GRPO":
             numbers["against_grpo"] = compare(entry.curves, flat)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import additions
 import chain_arithmetic
 import countdown
 import sums
@@ -129,6 +130,12 @@ TASKS = {
     "chains_of_8": _chains(8, 8),
     "graded_chains_of_8": _chains(8, 8, chain_arithmetic.right_lines_reward),
     "noisy_graded_chains": _chains(8, 8, chain_arithmetic.right_lines_reward, base="noisy_chains"),
+    "additions": Task(
+        base="smollm2",
+        make_dataset=additions.make_dataset,
+        reward_func=additions.correctness_reward,
+        max_solution_tokens=additions.MAX_SOLUTION_TOKENS,
+    ),
     "sums": Task(
         base="smollm2_sums",
         make_dataset=sums.make_dataset,
