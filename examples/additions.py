@@ -6,8 +6,8 @@ A problem is a chat that has a solved one before it:
     assistant: 3+14=17, so 17+5=22.
     user: Add 8, 19 and 6.
 
-The last number of the answer counts. SmolLM2-135M-Instruct, which has not been trained for this, gets some 12% right at
-temperature 1, and 37% without sampling: much of what it samples is no sum at all.
+The last number of the answer counts. SmolLM2-135M-Instruct, as it is, gets about 12% right at temperature 1: much of
+what it samples is no sum at all.
 """
 
 import random
