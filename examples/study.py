@@ -93,8 +93,7 @@ class Study:
         """The best method and learning rate of these families; `None` before their grid is complete."""
         comparison = COMPARISONS[name]
         if not comparison.tuning_seeds:  # there is nothing to choose
-            family = families[-1]
-            return comparison.families[family][0], comparison.own_rates.get(family, comparison.learning_rates[0])
+            return comparison.families[families[-1]][0], comparison.learning_rates[0]
         grid = self.grid(name, *families)
         if len(self.paths(name, grid)) < len(grid):
             return self.reported(name, *families)
