@@ -29,7 +29,7 @@ def write_run(run, path, final_score):
         line |= {"cpu_seconds": share * seconds, "pass_at_1": num_right / 100, "mean_length": 20.0}
         line |= {"mean_length_correct": 19.0, "truncated": 0.0, "metrics": metrics if share else {}}
         lines.append(line)
-    lines[-1] |= {"final": True, "problem_scores": scores, "pass_at_k": 0.9}
+    lines[-1] |= {"final": True, "problem_scores": scores, "num_samples": 8, "pass_at_k": 0.9}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -131,6 +131,17 @@ def test_report_keeps_what_it_has_no_runs_of(finished, tmp_path):
     assert reports["chains_of_8"]["families"]["tree"]["snr_ratio"] == 1.3
     # What was chosen is known without the runs of the choice.
     assert finished.chosen("countdown", "forks")[0].name == "forks-1x1"
+
+
+def test_the_overview_says_which_k_a_pass_at_k_has(finished, tmp_path):
+    study.write_report(finished)
+    reports = json.loads((tmp_path / "results" / "comparisons.json").read_text())
+    assert "(pass@" not in study_report.overview_table(reports)
+    for numbers in reports["countdown"]["families"].values():
+        numbers["num_samples"] = 2.0
+    rows = [line for line in study_report.overview_table(reports).splitlines() if "| 0.900" in line]
+    assert {" 0.900 (pass@2) " in row for row in rows if "countdown |" in row} == {True}
+    assert {" 0.900 |" in row for row in rows if "chains_of_8" in row} == {True}
 
 
 def test_report_before_anything_is_chosen(tmp_path, monkeypatch):
