@@ -235,6 +235,6 @@ def draw_overview(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axis.grid(axis="y", alpha=0.3)
     bars = [Patch(color=f"C{index}", label=LABELS[family]) for index, family in enumerate(shown)]
     axes[0].legend(handles=bars, fontsize="small", ncols=2)
-    axes[1].set_xticks(range(len(reports)), [name.replace("_", " ") for name in reports])
+    axes[1].set_xticks(range(len(reports)), [name.replace("_", "\n") for name in reports])
     figure.savefig(path, dpi=100)
     plt.close(figure)
