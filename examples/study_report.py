@@ -231,6 +231,7 @@ def draw_overview(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 axis.bar(x, delta, 0.18, color=f"C{index}")
                 axis.plot([x, x], [low, high], color="black", linewidth=1)
         axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_ylim(-15, 45)  # the intervals of two seeds go further
         axis.set_title(f"Pass@1 above GRPO at {title}, points", loc="left", fontsize="medium")
         axis.grid(axis="y", alpha=0.3)
     bars = [Patch(color=f"C{index}", label=LABELS[family]) for index, family in enumerate(shown)]
