@@ -6,8 +6,8 @@ A problem is a chat that has a solved one before it:
     assistant: 3+14=17, so 17+5=22.
     user: Add 8, 19 and 6.
 
-The last number of the answer counts. SmolLM2-135M-Instruct, as it is, gets about 12% right at temperature 1: much of
-what it samples is no sum at all.
+The last number of the answer counts. SmolLM2-135M-Instruct, as it is, gets 11% of the test problems right at
+temperature 1.
 """
 
 import random
@@ -22,7 +22,7 @@ from problems import draw_split
 SYSTEM_PROMPT = "You add numbers step by step."
 LARGEST = 20
 EXAMPLE = (3, 14, 5)
-MAX_SOLUTION_TOKENS = 24  # a right one in the example's form has 16 to 19
+MAX_SOLUTION_TOKENS = 24  # the example's form takes 15 to 21, the end included
 
 Numbers = tuple[int, int, int]
 
